@@ -1,0 +1,1 @@
+"""Direct Preference Optimization in native PyTorch: `python -m dpo --help`."""

@@ -1,0 +1,122 @@
+"""Command line of the DPO trainer.
+
+    python -m dpo                                        the embedded model and pairs, a few minutes on two cores
+    python -m dpo --model gpt2 --preset lee2024 --pairs pairs.jsonl --out checkpoints/gpt2-dpo
+
+Without --out the checkpoint goes to the cache, where every script looks for it. A killed run goes on from its last
+saved state when the same command is run again.
+"""
+
+from pathlib import Path
+
+import click
+
+from lib.cli import options
+from lib.embedded import EMBEDDED
+
+
+@click.command(help=__doc__)
+@options("model", "revision", "device", "dtype", "pairs")
+@click.option(
+    "--preset",
+    type=click.Choice(["lee2024", "yang2025", "embedded"]),
+    help="Hyperparameters; the options below change single ones.  [default: embedded for the models from PyPI, else "
+    "yang2025]",
+)
+@click.option("--beta", type=click.FloatRange(0, min_open=True))
+@click.option("--kl-weight", type=click.FloatRange(0), help="Weight of KL(reference || policy) (Yang, table 10).")
+@click.option("--optimizer", type=click.Choice(["rmsprop", "adamw"]))
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
+@click.option("--warmup", type=click.IntRange(0), help="Updates.")
+@click.option("--batch-size", type=click.IntRange(1), help="Pairs in memory at once.")
+@click.option("--accumulate", type=click.IntRange(1), help="Such batches per update.")
+@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True))
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--steps", type=click.IntRange(1), help="Updates at most.")
+@click.option("--max-prompt", type=click.IntRange(1), help="Tokens.")
+@click.option("--max-response", type=click.IntRange(1), help="Tokens.")
+@click.option("--append-eos", is_flag=True, default=None, help="End uncut responses with the end-of-sequence token.")
+@click.option("--valid-fraction", type=click.FloatRange(0, 0.9))
+@click.option("--valid-every", type=click.IntRange(1), help="Updates.")
+@click.option("--patience", type=click.IntRange(1), help="Validations without a better loss before training stops.")
+@click.option("--save-every", type=click.IntRange(1), help="Updates between saved states.")
+@click.option("--seed", type=int)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder of the checkpoint.  [default: the cache]")
+@options("overwrite")
+def main(model, revision, device, dtype, pairs, preset, out, overwrite, **changes):
+    import dataclasses
+
+    from dpo.config import make_config
+    from lib import artifacts, data
+    from lib.models import pick_device, resolve
+
+    if out:
+        artifacts.refuse_existing(Path(out), overwrite)
+    pick_device(device)
+    config = make_config(preset or ("embedded" if model in EMBEDDED else "yang2025"), model, **changes)
+    loaded = data.pairs(pairs)
+    source = resolve(model, revision)
+    fields = {
+        "model": source.revision,
+        "pairs": loaded.sha256,
+        "config": dataclasses.asdict(config),
+        "dtype": dtype,
+        "code": artifacts.code_version(*sorted(map(str, Path(__file__).parent.glob("*.py")))),
+    }
+
+    def build(folder: Path) -> None:
+        run(source, loaded, config, pick_device(device), dtype, folder)
+
+    if out:
+        with artifacts.output(Path(out), fields, overwrite) as folder:
+            build(folder)
+        click.echo(out)
+    else:
+        click.echo(artifacts.make("dpo", fields, build, resumable=True))
+
+
+def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
+    """Load the model and train into `folder`, showing the progress."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dpo.train import train
+    from lib.results import versions
+
+    dtype = "float32" if dtype == "auto" else dtype  # the papers train in float32 on every device
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    about = {
+        "model": source.name,
+        "model_revision": source.revision,
+        "pairs": loaded.provenance,
+        "dtype": dtype,
+        "device": device,
+        "versions": versions(),
+    }
+    columns = [
+        TextColumn("DPO"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    ]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("DPO", total=None, said="reference log-probabilities")
+
+        def progress(done: int, total: int, record: dict) -> None:
+            said = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.2f}  margin {record['margin']:.3f}"
+            bar.update(task, completed=done, total=total, said=said)
+            if "valid_loss" in record:
+                bar.console.print(
+                    f"update {done}: validation loss {record['valid_loss']:.3f}, "
+                    f"accuracy {record['valid_accuracy']:.2f}, margin {record['valid_margin']:.3f}"
+                )
+
+        train(model, tokenizer, loaded.items, config, folder, about, progress)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m dpo")

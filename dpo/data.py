@@ -1,0 +1,119 @@
+"""Preference pairs as token ids, and batches of them. Every mask comes from lengths, none from a pad id."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+import torch
+
+from lib.data import Pair
+from lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """Ids of a prompt with each of its responses; `*_start` is where the response begins."""
+
+    chosen: list[int]
+    chosen_start: int
+    rejected: list[int]
+    rejected_start: int
+
+
+def tokenize(tokenizer, pairs: list[Pair], max_prompt: int, max_response: int, append_eos: bool) -> list[TokenPair]:
+    """Tokenise each prompt and response once, as one text, so that it reads as the model would meet it.
+
+    The text gets the tokenizer's own special tokens, so exactly one BOS where the model has one. A token that spans
+    the boundary belongs to the response. Prompts are cut on the left to `max_prompt` tokens (the BOS stays), responses
+    on the right to `max_response`. `append_eos` ends the responses that were not cut with the end-of-sequence token;
+    leave it off for continuations that were cut at a length, as the papers' are: the model would learn to stop there.
+
+    Raises:
+        UserError: a response without a single token, naming the pair's number.
+    """
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("--append-eos: the tokenizer has no end-of-sequence token.")
+
+    def side(number: int, prompt: str, response: str) -> tuple[list[int], int]:
+        encoded = tokenizer(prompt + response, return_offsets_mapping=True)
+        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+        # Some tokenizers append an end token of their own (offset (0, 0)); whether there is one is --append-eos' choice.
+        while ids and ends[-1] == 0 and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
+            ids, ends = ids[:-1], ends[:-1]
+        start = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))
+        special = next((at for at, end in enumerate(ends) if end > 0), 0)
+        head, response_ids = ids[special:start], ids[start:]
+        if not response_ids:
+            raise UserError(f"pair {number}: the response has no token; give two non-empty continuations.")
+        head = ids[:special] + head[max(0, len(head) - max_prompt + special) :]
+        if append_eos and len(response_ids) < max_response:
+            response_ids = [*response_ids, tokenizer.eos_token_id]
+        if not head:
+            # Without a BOS the first token of an empty prompt would have nothing to be predicted from.
+            raise UserError(f"pair {number}: the prompt has no token and the model no BOS; give a prompt.")
+        return head + response_ids[:max_response], len(head)
+
+    return [
+        TokenPair(*side(number, pair.prompt, pair.chosen), *side(number, pair.prompt, pair.rejected))
+        for number, pair in enumerate(pairs, start=1)
+    ]
+
+
+def split(pairs: list, valid_fraction: float, seed: int) -> tuple[list, list]:
+    """A seeded split into training and validation pairs; validation gets at least one pair when its share is not 0."""
+    order = list(range(len(pairs)))
+    random.Random(seed).shuffle(order)
+    n_valid = max(1, round(valid_fraction * len(pairs))) if valid_fraction else 0
+    if len(pairs) - n_valid < 1:
+        raise UserError(f"--pairs: {len(pairs)} pairs leave none to train on after the validation split; give more.")
+    return [pairs[i] for i in order[n_valid:]], [pairs[i] for i in order[:n_valid]]
+
+
+def order_of(epoch: int, n: int, seed: int) -> list[int]:
+    """The order of an epoch's pairs: a function of seed and epoch alone, so that a resumed run sees the same one."""
+    order = list(range(n))
+    random.Random(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8])).shuffle(order)
+    return order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chosen rows first, then rejected rows, each `[2 * pairs, ...]`; prompts end and responses begin in one column."""
+
+    ids: torch.Tensor  # [rows, positions]
+    attention: torch.Tensor  # [rows, positions] bool
+    positions: torch.Tensor  # [rows, positions] 0 at each row's first real token
+    targets: torch.Tensor  # [rows, response]
+    mask: torch.Tensor  # [rows, response] bool
+
+    def to(self, device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def collate(pairs: list[TokenPair]) -> Batch:
+    """Pad prompts on the left and responses on the right, so that one slice of the logits holds all responses."""
+    rows = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
+    width = max(start for _, start in rows)
+    length = max(len(ids) - start for ids, start in rows)
+    ids = torch.zeros(len(rows), width + length, dtype=torch.long)
+    attention = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (tokens, start) in enumerate(rows):
+        left = width - start
+        ids[row, left : left + len(tokens)] = torch.tensor(tokens)
+        attention[row, left : left + len(tokens)] = True
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    return Batch(ids, attention, positions, ids[:, width:].clone(), attention[:, width:].clone())
+
+
+def response_logits(model, batch: Batch) -> torch.Tensor:
+    """Logits that predict the responses, `[rows, response, vocab]`; the vocabulary is projected there alone."""
+    length = batch.targets.shape[1]
+    output = model(
+        input_ids=batch.ids,
+        attention_mask=batch.attention.long(),
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    return output.logits[:, :-1]

@@ -1,0 +1,219 @@
+"""The training loop: one readable function, resumable to the bit."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dpo.checkpoint import load_state, save_state
+from dpo.config import Config
+from dpo.data import TokenPair, collate, order_of, response_logits, split, tokenize
+from dpo.loss import dpo_loss, kl_from_reference, response_log_probs
+from lib.data import Pair
+from lib.errors import UserError
+
+
+def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, about: dict, progress=None) -> dict:
+    """Train a transformers model on preference pairs and leave the best checkpoint in `folder`.
+
+    `folder` may hold what a killed run of the same configuration left: training goes on from its last state and ends
+    with the weights that an uninterrupted run ends with.
+
+    Args:
+        model: a causal language model; all its parameters are trained, dropout off.
+        about: goes into training.json beside the configuration (where model and pairs came from, versions).
+        progress: called as `progress(updates done, updates in all, last log record)`.
+
+    Returns: what training.json says.
+
+    Raises:
+        UserError: too few pairs, a response without tokens, a loss that is not finite.
+    """
+    torch.manual_seed(config.seed)
+    model.eval()  # dropout off, as in the papers; gradients flow all the same
+    device = next(model.parameters()).device
+    tokens = tokenize(tokenizer, pairs, config.max_prompt, config.max_response, config.append_eos)
+    train_pairs, valid_pairs = split(tokens, config.valid_fraction, config.seed)
+    per_update = config.batch_size * config.accumulate
+    n_updates = math.ceil(len(train_pairs) * config.epochs / per_update)
+    n_updates = min(n_updates, config.steps or n_updates)
+
+    updates = [_update_pairs(step, per_update, len(train_pairs), config.seed) for step in range(n_updates)]
+    if config.kl_weight:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        train_reference = valid_reference = None
+    else:
+        # The reference model is the policy before its first update: its log-probabilities are computed now, once,
+        # for the pairs that will be seen, and no second model is kept.
+        reference = None
+        seen = sorted({index for update in updates for index in update})
+        train_reference = dict(
+            zip(seen, _log_probs(model, [train_pairs[i] for i in seen], config.batch_size), strict=True)
+        )
+        valid_reference = dict(enumerate(_log_probs(model, valid_pairs, config.batch_size)))
+
+    optimizer = _optimizer(model, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = load_state(folder / "state", model, optimizer) or {
+        "step": 0,
+        "best_loss": math.inf,
+        "best_step": None,
+        "waited": 0,
+    }
+    log = folder / "log.jsonl"
+    _keep_lines(log, state["step"])
+    stopped = "steps"
+    for step in range(state["step"], n_updates):
+        started = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / (config.warmup + 1))
+        chosen = updates[step]
+        batches = [chosen[at : at + config.batch_size] for at in range(0, len(chosen), config.batch_size)]
+        record = _accumulate(model, reference, train_pairs, train_reference, batches, config, device)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not (math.isfinite(record["loss"]) and norm.isfinite()):
+            raise UserError(
+                f"training diverged at update {step + 1} (loss {record['loss']}, gradient norm {norm:.3g}); "
+                "lower --learning-rate, or check the pairs."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        record = {
+            "step": step + 1,
+            **record,
+            "grad_norm": float(norm),
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        record["seconds"] = round(time.monotonic() - started, 3)
+        last = step + 1 == n_updates
+        if valid_pairs and ((step + 1) % config.valid_every == 0 or last):
+            valid = evaluate(model, reference, valid_pairs, valid_reference, config, device)
+            record |= {f"valid_{key}": value for key, value in valid.items()}
+            if valid["loss"] < state["best_loss"]:
+                state |= {"best_loss": valid["loss"], "best_step": step + 1, "waited": 0}
+                _save_best(folder / "best", model, tokenizer)
+            else:
+                state["waited"] += 1
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if progress:
+            progress(step + 1, n_updates, record)
+        if valid_pairs and state["waited"] >= config.patience:
+            stopped = "patience"
+            break
+        if (step + 1) % config.save_every == 0 and not last:
+            save_state(folder / "state", model, optimizer, state | {"step": step + 1})
+    if not valid_pairs:
+        _save_best(folder / "best", model, tokenizer)
+        state |= {"best_step": n_updates, "best_loss": None}
+
+    summary = {
+        **about,
+        "config": asdict(config),
+        "train_pairs": len(train_pairs),
+        "valid_pairs": len(valid_pairs),
+        "best_step": state["best_step"],
+        "best_valid_loss": state["best_loss"],
+        "stopped_by": stopped,
+    }
+    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for file in (folder / "best").iterdir():
+        os.replace(file, folder / file.name)
+    for left in ("best", "state", "state.old", "state.new"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    return summary
+
+
+def evaluate(model, reference, pairs: list[TokenPair], log_probs, config: Config, device) -> dict[str, float]:
+    """The training objective and its parts on held-out pairs."""
+    batches = [
+        list(range(at, min(at + config.batch_size, len(pairs)))) for at in range(0, len(pairs), config.batch_size)
+    ]
+    with torch.no_grad():
+        return _accumulate(model, reference, pairs, log_probs, batches, config, device)
+
+
+def _accumulate(model, reference, pairs, log_probs, batches: list[list[int]], config, device) -> dict[str, float]:
+    """Objective over several batches as if they were one; gradients add up where they are enabled."""
+    collated = [collate([pairs[i] for i in indices]) for indices in batches]
+    n_pairs = sum(map(len, batches))
+    # Means over the whole update, so that 4 batches of 1 pair give what 1 batch of 4 pairs gives.
+    n_tokens = [sum(int(batch.mask.chunk(2)[side].sum()) for batch in collated) for side in (0, 1)]
+    totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "kl": 0.0}
+    for indices, batch in zip(batches, collated, strict=True):
+        batch = batch.to(device)
+        logits = response_logits(model, batch)
+        policy = response_log_probs(logits, batch.targets, batch.mask).chunk(2)
+        kl = torch.zeros((), device=device)
+        if reference is None:
+            known = torch.tensor([log_probs[i] for i in indices], device=device).T
+        else:
+            with torch.no_grad():
+                reference_logits = response_logits(reference, batch)
+                known = response_log_probs(reference_logits, batch.targets, batch.mask).chunk(2)
+            for side, mask in enumerate(batch.mask.chunk(2)):
+                part = slice(side * len(indices), (side + 1) * len(indices))
+                share = mask.sum() / n_tokens[side]
+                kl = kl + share * kl_from_reference(logits[part], reference_logits[part], mask)
+        losses, chosen, rejected = dpo_loss(*policy, *known, config.beta)
+        loss = losses.sum() / n_pairs + config.kl_weight * kl
+        if torch.is_grad_enabled():
+            loss.backward()
+        totals["loss"] += float(loss)
+        totals["accuracy"] += float((chosen > rejected).sum()) / n_pairs
+        totals["margin"] += float((chosen - rejected).sum()) / n_pairs
+        totals["kl"] += float(kl)
+    return totals
+
+
+def _log_probs(model, pairs: list[TokenPair], batch_size: int) -> list[tuple[float, float]]:
+    """Summed log-probabilities of both responses of each pair."""
+    device = next(model.parameters()).device
+    found = []
+    with torch.no_grad():
+        for at in range(0, len(pairs), batch_size):
+            batch = collate(pairs[at : at + batch_size]).to(device)
+            both = response_log_probs(response_logits(model, batch), batch.targets, batch.mask)
+            found += zip(*(side.tolist() for side in both.chunk(2)), strict=True)
+    return found
+
+
+def _update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:
+    """Indices of the pairs of one update, from a stream of freshly shuffled epochs."""
+    places = range(step * per_update, (step + 1) * per_update)
+    orders = {epoch: order_of(epoch, n, seed) for epoch in {place // n for place in places}}
+    return [orders[place // n][place % n] for place in places]
+
+
+def _optimizer(model, config: Config):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kind = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameters, lr=config.learning_rate)
+
+
+def _save_best(folder: Path, model, tokenizer) -> None:
+    work = folder.with_name("best.new")
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def _keep_lines(log: Path, step: int) -> None:
+    """Drop the log lines after the state that training goes on from."""
+    kept = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that the kill cut off
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    log.write_text("".join(kept))

@@ -1,0 +1,188 @@
+"""Train the linear toxicity probe (Lee et al. 2024, section 3.1; Yang et al. 2025, section 3.2, tables 1 and 11).
+
+Each comment becomes one vector: the mean over its tokens of the residual stream after the last layer. An L2 logistic
+regression on 90 % of the comments gives the toxic direction; the other 10 % measure it. 90 % of Jigsaw's comments are
+not toxic, so accuracy alone (91-96 % in Yang table 11) says little there: balanced accuracy and AUROC stand beside it,
+and AUROC on the comments without a listed profane word tells whether the probe is more than a word list.
+
+sound:    real tokens only (no padding, no BOS), before the final norm, L2 strength by cross-validation.
+faithful: as the papers' code: padded on the left to 128, mean over all positions, after the final norm, C = 1.
+
+Writes probe.safetensors (`direction` [d_model], `bias` [1]), features.safetensors, run.json.
+
+    python experiments/train_probe.py        # about a minute on two CPU cores; later runs reuse it
+"""
+
+from pathlib import Path
+
+import click
+
+from lib.cli import options
+
+TEST_SHARE = 0.1  # Lee 3.1, Yang 3.2
+SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
+FAITHFUL_LENGTH = 128
+SOUND_LENGTH = 256  # tokens; longer comments are cut
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options("model", "revision", "device", "dtype", "seed", "batch-size", "comments", "protocol", "raw-text")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder to write.  [default: the cache]")
+@options("overwrite")
+def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite):
+    from lib import artifacts, data
+    from lib.models import pick_device, resolve
+
+    device = pick_device(device)
+    loaded = data.comments(comments)
+    source = resolve(model, revision)
+    library = Path(artifacts.__file__).parent
+    settings = {
+        "model": source.revision,
+        "comments": loaded.sha256,
+        "protocol": protocol,
+        "seed": seed,
+        "dtype": dtype,
+        "code": artifacts.code_version(__file__, library / "probes.py"),
+    }
+
+    def build(folder: Path) -> None:
+        train(source, loaded, protocol, seed, device, dtype, batch_size, folder)
+
+    if out:
+        with artifacts.output(Path(out), settings, overwrite) as folder:
+            build(folder)
+        folder = Path(out)
+    else:
+        folder = artifacts.make("probe", settings, build)
+    report(folder, model, raw_text)
+    click.echo(folder)
+
+
+def train(source, comments, protocol: str, seed: int, device: str, dtype: str, batch_size: int, folder: Path) -> None:
+    """Features in traces, the fit, and its measures on held-out comments."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+    from sklearn.model_selection import train_test_split
+
+    from lib import probes
+    from lib.metrics import profane_pattern
+    from lib.models import load
+    from lib.results import provenance, write_json
+
+    model = load(source, device, dtype)
+    texts, labels = zip(*comments.items, strict=True)
+    labels = np.array(labels)
+    features = mean_residuals(model, list(texts), batch_size, protocol)
+    n_test = max(2, round(TEST_SHARE * len(texts)))  # at least one comment of each class
+    fitted, held_out = train_test_split(
+        np.arange(len(texts)),
+        test_size=n_test,
+        stratify=labels,
+        random_state=SPLIT_SEED if protocol == "faithful" else seed,
+    )
+    probe = probes.fit(features[fitted], labels[fitted], seed, 1.0 if protocol == "faithful" else None)
+    logits = probes.scores(probe, features[held_out])
+    truth = labels[held_out]
+    profane = profane_pattern()
+    clean = np.array([profane.search(texts[i]) is None for i in held_out])
+    measured = {
+        "accuracy": accuracy_score(truth, logits > 0),
+        "balanced_accuracy": balanced_accuracy_score(truth, logits > 0),
+        "auroc": roc_auc_score(truth, logits),
+        "auroc_without_profane_words": roc_auc_score(truth[clean], logits[clean]) if truth[clean].any() else None,
+        "auroc_of_word_list": roc_auc_score(truth, ~clean),
+        "majority_rate": max(truth.mean(), 1 - truth.mean()),
+        "train": len(fitted),
+        "test": len(held_out),
+    }
+    probe.save(folder / "probe.safetensors")
+    save_file(
+        {"features": torch.tensor(features), "labels": torch.tensor(labels), "held_out": torch.tensor(held_out)},
+        folder / "features.safetensors",
+    )
+    write_json(
+        folder / "run.json",
+        {
+            "script": "train_probe",
+            "model": source.name,
+            "params": {"protocol": protocol, "seed": seed},
+            "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
+            "top_tokens": probes.nearest_tokens(model, probe.direction),
+            "provenance": provenance(
+                model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
+            ),
+        },
+    )
+
+
+def mean_residuals(model, texts: list[str], batch_size: int, protocol: str):
+    """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32."""
+    import numpy as np
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from lib.models import FAMILIES, layers, reach
+
+    faithful = protocol == "faithful"
+    lengths = [len(text) for text in texts]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)  # neighbours pad little
+    found = np.zeros((len(texts), model._module.config.hidden_size), dtype=np.float32)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    final_norm = reach(model, FAMILIES[model._module.config.model_type].final_norm)
+    for rows in track(batches, "Probe features", console=Console(stderr=True)):
+        batch = model.tokenizer(
+            [texts[row] for row in rows],
+            padding="max_length" if faithful else True,
+            padding_side="left" if faithful else "right",
+            truncation=True,
+            max_length=FAITHFUL_LENGTH if faithful else SOUND_LENGTH,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+            return_token_type_ids=False,
+        ).to(model.device)
+        special = batch.pop("special_tokens_mask").bool()
+        counted = torch.ones_like(special) if faithful else batch["attention_mask"].bool() & ~special
+        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
+        with model.trace(dict(batch), logits_to_keep=1):
+            residual = final_norm.output if faithful else layers(model)[-1].output  # [batch, positions, d_model]
+            mean = (residual.float() * weights.to(residual.device)).sum(1).save()
+        found[rows] = mean.cpu().numpy()
+    return found
+
+
+def report(folder: Path, model: str, raw_text: bool) -> None:
+    """Print the measures beside Yang table 11."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from lib import paper
+    from lib.metrics import mask
+
+    record = json.loads((folder / "run.json").read_text())
+    row = record["rows"][0]
+    table = Table(title=f"Toxicity probe of {model} ({row['test']} held-out comments)", title_justify="left")
+    for name in ("accuracy", "published accuracy", "balanced accuracy", "AUROC", "AUROC without profane words"):
+        table.add_column(name, justify="right")
+    published = paper.PROBE_ACCURACY.get(model)
+    clean = row["auroc_without_profane_words"]
+    table.add_row(
+        f"{row['accuracy']:.3f} (majority {row['majority_rate']:.2f})",
+        f"{published:.3f}" if published else "-",
+        f"{row['balanced_accuracy']:.3f}",
+        f"{row['auroc']:.3f} (word list {row['auroc_of_word_list']:.3f})",
+        "-" if clean is None else f"{clean:.3f}",
+    )
+    console = Console(stderr=True)
+    console.print(table)
+    tokens = [token.strip() for token in record["top_tokens"]]
+    console.print("Top tokens:", ", ".join(tokens if raw_text else map(mask, tokens)), markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What two scripts or more need; no experiment's own logic."""

@@ -1,0 +1,79 @@
+"""Batches of prompts, and what a generation's ids say: which tokens are new, which come after the end."""
+
+from collections.abc import Iterator
+
+import torch
+
+MAX_PROMPT_TOKENS = 32  # both papers' code cuts prompts here
+NEW_TOKENS = 20  # Yang 3.2; both papers' code
+
+
+def batches(
+    tokenizer, prompts: list[str], size: int, device="cpu", max_tokens: int = MAX_PROMPT_TOKENS
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield `{"input_ids", "attention_mask"}`, `[batch, positions]`, padded on the left, one BOS if the model has one.
+
+    Left padding with a mask: transformers' `generate` derives position ids from the mask, so that a row's tokens do
+    not depend on the batch it stands in.
+    """
+    for start in range(0, len(prompts), size):
+        yield dict(
+            tokenizer(
+                prompts[start : start + size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                truncation=True,
+                max_length=max_tokens,
+                return_token_type_ids=False,
+            ).to(device)
+        )
+
+
+def greedy(new_tokens: int = NEW_TOKENS) -> dict:
+    """Arguments of `model.generate` for greedy decoding that always runs `new_tokens` steps.
+
+    Without an end-of-sequence id a batch never stops early, so that `tracer.iter[:new_tokens]` sees every step;
+    `until_end` cuts each row afterwards, which gives the ids that stopping there would have given.
+    """
+    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "use_cache": True}
+
+
+def end_ids(model) -> set[int]:
+    """Ids that end a text, from the model's generation configuration. `model`: nnsight."""
+    eos = model._module.generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def until_end(new_ids: torch.Tensor, ends: set[int]) -> list[list[int]]:
+    """Each row of `[batch, new_tokens]` up to its first end token, which is left out."""
+    rows = []
+    for row in new_ids.tolist():
+        stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:stop])
+    return rows
+
+
+def decode(tokenizer, rows: list[list[int]]) -> list[str]:
+    """Texts of continuations. Only new ids are decoded: cutting the prompt's text off fails on re-spaced text."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def windows(tokenizer, passages: list[str], length: int, at_least: int) -> list[list[int]]:
+    """The first `length` ids of each passage (one BOS where the model has one); shorter than `at_least`: left out."""
+    rows = tokenizer(passages, truncation=True, max_length=length, return_token_type_ids=False)["input_ids"]
+    return [row for row in rows if len(row) >= at_least]
+
+
+def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dict[str, torch.Tensor]]:
+    """Yield `{"input_ids", "attention_mask"}` `[batch, positions]` with position 0 at each row's first token.
+
+    In a causal model the padding on the right changes nothing to its left, so positions need no correction.
+    """
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        width = max(map(len, part))
+        yield {
+            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in part], device=device),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device),
+        }

@@ -1,0 +1,78 @@
+"""Everything that talks to the Hugging Face Hub: pinned downloads, and its failures as one clear line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.errors import UserError
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # no .bin or .pth: those are pickles
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn the Hub's and the network's failures inside the block into a UserError about `name`."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, httpx.HTTPError, OSError) as error:
+        raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _explain(error: BaseException) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    statuses = {e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None}
+    if any(isinstance(e, GatedRepoError) for e in causes) or statuses & {401, 403}:
+        return "the Hub refuses access; accept its licence on its Hub page and log in (`hf auth login` or HF_TOKEN)."
+    if any(isinstance(e, RevisionNotFoundError) for e in causes):
+        return "the Hub has no such revision; check --revision."
+    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+        return "the Hub has no such repository (or it is private); check the spelling, or log in with `hf auth login`."
+    if any(isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError) for e in causes):
+        return "the repository lacks a file that is needed; is it a transformers model with safetensors weights?"
+    if "Consistency check failed" in str(error) or "peer closed connection" in " ".join(map(str, causes)):
+        return "a download broke off; run the command again to go on with it."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return (
+        "the Hub cannot be reached and the files are not in the local cache; check the network (and HF_ENDPOINT), "
+        "or use --model gemma-270m with the embedded data, which need none."
+    )
+
+
+def model_folder(repository: str, revision: str | None) -> tuple[Path, str]:
+    """Download a model's configuration, tokenizer and safetensors (or find them in the Hub cache).
+
+    Returns: the folder and the commit. Raises UserError; the family is checked before the weights are fetched.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    from lib.models import read_family
+
+    with hub_errors(repository):
+        read_family(Path(hf_hub_download(repository, "config.json", revision=revision)).parent, repository)
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=MODEL_FILES))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{repository}: the repository has no safetensors weights; choose a --revision that has.")
+    return folder, folder.name
+
+
+def dataset_file(repository: str, filename: str) -> Path:
+    """Download one file of a Hub dataset (or find it in the Hub cache)."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"dataset {repository}"):
+        return Path(hf_hub_download(repository, filename, repo_type="dataset"))

@@ -1,0 +1,111 @@
+"""Toxicity scorers, token F1, repetition, and the masking of words on screens."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import UserError
+
+Scorer = Callable[[list[str]], np.ndarray]  # texts -> probabilities of being toxic, [n_texts]
+
+
+def scorer(name: str) -> Scorer:
+    """A toxicity scorer by name.
+
+    | name | what |
+    |---|---|
+    | `profanity-check` | a linear model over word n-grams that comes with its package (no network) |
+    | `detoxify`, `detoxify:unbiased` | Yang et al.'s scorer; `original` is its default model |
+    | `hf:<repo or folder>` | a text-classification model; the score is the probability of its toxic label |
+
+    Raises:
+        UserError: unknown name, or weights that cannot be fetched.
+    """
+    kind, _, which = name.partition(":")
+    if name == "profanity-check":
+        from profanity_check import predict_prob
+
+        return lambda texts: np.asarray(predict_prob(texts), dtype=np.float64) if texts else np.zeros(0)
+    if kind == "detoxify":
+        return _detoxify(which or "original")
+    if kind == "hf" and which:
+        return _classifier(which)
+    raise UserError(f"--scorer {name}: unknown; known: profanity-check, detoxify, detoxify:unbiased, hf:<repo>.")
+
+
+def _detoxify(which: str) -> Scorer:
+    from detoxify import Detoxify
+
+    if which not in {"original", "unbiased"}:
+        raise UserError(f"--scorer detoxify:{which}: unknown; known: detoxify, detoxify:unbiased.")
+    try:
+        model = Detoxify(which)
+    except OSError as error:  # urllib's and the Hub's failures are OSErrors
+        raise UserError(
+            f"--scorer detoxify: its weights cannot be fetched ({error}); "
+            "connect to the network once, or use --scorer profanity-check, which needs none."
+        ) from error
+    return lambda texts: np.asarray(model.predict(texts)["toxicity"], dtype=np.float64) if texts else np.zeros(0)
+
+
+def _classifier(repository: str) -> Scorer:
+    from transformers import pipeline
+
+    from lib.hub import hub_errors
+
+    try:
+        with hub_errors(f"--scorer hf:{repository}"):
+            classify = pipeline("text-classification", model=repository, top_k=None)
+    except UserError as error:
+        raise UserError(f"{error.message} Without it: --scorer profanity-check.") from error
+    labels = list(classify.model.config.label2id)
+    toxic = next((x for x in labels if re.search(r"(?<!non[-_ ])(?<!not[-_ ])\btoxic", x.lower())), None)
+    if toxic is None:
+        raise UserError(f"--scorer hf:{repository}: no label says toxic (its labels: {', '.join(labels)}).")
+
+    def score(texts: list[str]) -> np.ndarray:
+        results = classify(texts, batch_size=32, truncation=True) if texts else []
+        return np.array([next(x["score"] for x in result if x["label"] == toxic) for result in results])
+
+    return score
+
+
+def token_f1(predicted: list[int], reference: list[int]) -> float:
+    """Harmonic mean of precision and recall over bags of token ids; 0 when either is empty.
+
+    Both papers use it on the continuations of Wikipedia sentences. Here the continuation alone counts; the papers'
+    code counts the prompt in the prediction, which raises every model's score alike.
+    """
+    common = sum((Counter(predicted) & Counter(reference)).values())
+    return 2 * common / (len(predicted) + len(reference)) if common else 0.0
+
+
+def repetition(ids: list[int], n: int = 3) -> float:
+    """Share of a continuation's token n-grams that occurred earlier in it: 0 for fresh text, near 1 for a loop."""
+    grams = [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def profane_pattern() -> re.Pattern:
+    """Matches the profane words of assets/profane_words.txt: `*stem` anywhere in a word, the others as whole words."""
+    words = (Path(__file__).parent / "assets" / "profane_words.txt").read_text().split()
+    stems = [word[1:] for word in words if word.startswith("*")]
+    whole = [word for word in words if not word.startswith("*")]
+    return re.compile(rf"{'|'.join(stems)}|\b(?:{'|'.join(whole)})\b", re.IGNORECASE)
+
+
+def mask(text: str) -> str:
+    """Star the first inner vowel of each profane word: `shit` becomes `sh*t`."""
+
+    def star(match: re.Match) -> str:
+        word = match.group()
+        return (
+            word[0] + re.sub(r"[aeiou]", "*", word[1:], count=1, flags=re.IGNORECASE)
+            if word[0] not in "aA"
+            else (word[0] + "*" + word[2:])
+        )
+
+    return profane_pattern().sub(star, text)

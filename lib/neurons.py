@@ -1,0 +1,170 @@
+"""Mean activations of all neurons, what each contributes to the toxic direction, and the four groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nnsight
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lib import artifacts, generation
+from lib.data import Dataset
+from lib.errors import UserError
+from lib.generation import NEW_TOKENS, batches, end_ids, greedy
+from lib.models import FAMILIES, Source, d_mlp, mlp_out, n_layers, short_name, value_vectors, write_gain
+from lib.probes import Probe
+
+GROUPS = ("TP", "TN", "AP", "AN")
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over the tokens that a model generates, each `[n_layers, d_mlp]` float64."""
+
+    activation: torch.Tensor  # mean of m
+    write: torch.Tensor  # mean of m / rms(MLP output): what reaches the residual stream; equals `activation` where
+    # the family has no norm after its MLP
+
+
+def mean_activations(
+    model, prompts: list[str], batch_size: int, new_tokens: int = NEW_TOKENS, remote=False
+) -> Iterator[Means]:
+    """Mean activations over greedily generated tokens (Yang 3.2); yields once a batch, the last one is the result.
+
+    The sums are taken in float64 inside the generation's own trace, at the position that predicts each new token (the
+    prompt's last token and the new tokens but the last); steps after a row's end of text do not count. No second
+    forward pass is run, and on a server only two `[n_layers, d_mlp]` tensors come back.
+    """
+    kind = FAMILIES[model._module.config.model_type]
+    sizes = (2, n_layers(model), d_mlp(model))
+    epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
+    ends = torch.tensor(sorted(end_ids(model)))
+    total, count = torch.zeros(sizes, dtype=torch.float64), 0.0
+    for batch in batches(model.tokenizer, prompts, batch_size, model.device):
+        rows = len(batch["input_ids"])
+        with model.generate(batch, remote=remote, **greedy(new_tokens)) as tracer:
+            sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64))
+            steps = nnsight.save(torch.zeros(1, dtype=torch.float64))
+            alive = torch.ones(rows, dtype=torch.float64)
+            for _ in tracer.iter[:new_tokens]:
+                for layer in range(sizes[1]):
+                    neurons = mlp_out(model, layer)
+                    m = neurons.input[:, -1].double()  # [rows, d_mlp]
+                    alive, sums = alive.to(m.device), sums.to(m.device)
+                    sums[0, layer] += alive @ m
+                    if kind.post_norm:
+                        power = neurons.output[:, -1].double().square().mean(-1)  # [rows]
+                        sums[1, layer] += (alive * (power + epsilon).rsqrt()) @ m
+                steps += alive.sum().cpu()
+                token = model.lm_head.output[:, -1].argmax(-1)  # the greedy choice
+                alive = alive * ~torch.isin(token, ends.to(token.device))
+            nnsight.save(sums)
+        total += sums.cpu()
+        count += float(steps)
+        yield Means(total[0] / count, (total[1] if kind.post_norm else total[0]) / count)
+
+
+def cached_means(model, source: Source, prompts: Dataset, batch_size: int, remote=False) -> Means:
+    """`mean_activations` of a model on prompts, made once and kept in the cache."""
+    fields = {
+        "model": source.revision,
+        "dtype": str(model.dtype),
+        "prompts": prompts.sha256,
+        "n_prompts": len(prompts.items),
+        "batch_size": batch_size,
+        "remote": remote,
+        "code": artifacts.code_version(__file__, generation.__file__),
+    }
+
+    def build(folder: Path) -> None:
+        n_batches = -(-len(prompts.items) // batch_size)
+        running = mean_activations(model, prompts.items, batch_size, remote=remote)
+        console = Console(stderr=True)
+        for means in track(running, f"Mean activations of {short_name(source.name)}", n_batches, console=console):
+            final = means
+        save_file({"activation": final.activation, "write": final.write.clone()}, folder / "means.safetensors")
+
+    folder = artifacts.make("activations", fields, build)
+    return load_activations(folder / "means.safetensors", (n_layers(model), d_mlp(model)))
+
+
+def value_projections(module, probe: Probe, through_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each value vector's product with the probe's unit direction, and its cosine, `[n_layers, d_mlp]` float64 each.
+
+    Args:
+        module: the torch model.
+        through_norm: see each value vector as the residual stream does, after Gemma's `post_feedforward_layernorm`
+            (`lib.models.write_gain`). False: the weight's own row, as the papers' code does. No difference for
+            families without that norm.
+    """
+    projections, cosines = [], []
+    for layer in range(module.config.num_hidden_layers):
+        vectors = value_vectors(module, layer).double()  # [d_mlp, d_model]
+        if through_norm:
+            vectors = vectors * write_gain(module, layer).double()
+        product = vectors @ probe.unit.to(vectors.device)
+        projections.append(product.cpu())
+        cosines.append((product / vectors.norm(dim=-1).clamp(min=1e-30)).cpu())
+    return torch.stack(projections), torch.stack(cosines)
+
+
+def attribution(
+    pre: torch.Tensor, projection_pre: torch.Tensor, post: torch.Tensor, projection_post: torch.Tensor
+) -> torch.Tensor:
+    """Yang eq. 2: `(m_pre v_pre - m_post v_post) . w / |w|`; above 0 means that DPO reduced the neuron's toxic write.
+
+    All `[n_layers, d_mlp]`; `pre` and `post` are mean activations (or `Means.write` for projections through the norm).
+    """
+    return pre * projection_pre - post * projection_post
+
+
+def groups(cosine: torch.Tensor, pre: torch.Tensor, delta: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Yang table 4: T or A by the sign of the cosine, P or N by the sign of the mean activation before DPO.
+
+    With `delta` only neurons with delta > 0 belong to a group (section 5.2); without it all do (section 6). Neurons
+    that are exactly 0 belong to none. Returns masks `[n_layers, d_mlp]` bool, which do not overlap.
+    """
+    chosen = torch.ones_like(cosine, dtype=torch.bool) if delta is None else delta > 0
+    toxic, anti, positive, negative = cosine > 0, cosine < 0, pre > 0, pre < 0
+    return {
+        "TP": chosen & toxic & positive,
+        "TN": chosen & toxic & negative,
+        "AP": chosen & anti & positive,
+        "AN": chosen & anti & negative,
+    }
+
+
+def top(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """Mask `[n_layers, d_mlp]` of the n largest scores over all layers."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[scores.flatten().topk(min(n, scores.numel())).indices] = True
+    return mask.view_as(scores)
+
+
+def load_activations(path: str | Path, shape: tuple[int, int]) -> Means:
+    """Read mean activations from safetensors: `activation` `[n_layers, d_mlp]`, and `write` likewise (optional).
+
+    Raises:
+        UserError: unreadable, another model's shape, or not finite.
+    """
+    given = f"activations {path}"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{given}: not a readable safetensors file ({error}).") from error
+    if "activation" not in tensors:
+        raise UserError(f"{given}: holds no tensor `activation` (it holds: {', '.join(tensors) or 'nothing'}).")
+    for name, tensor in tensors.items():
+        if name in {"activation", "write"} and tuple(tensor.shape) != tuple(shape):
+            raise UserError(
+                f"{given}: {name} has shape {list(tensor.shape)}, this model needs {list(shape)}; "
+                "the file belongs to another model."
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"{given}: {name} holds NaN or infinity.")
+    activation = tensors["activation"].double()
+    return Means(activation, tensors.get("write", activation).double())

@@ -1,0 +1,101 @@
+"""The linear toxicity probe: a direction in the residual stream and a bias (Lee 3.1; Yang 3.2)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """P(toxic | x) = sigmoid(direction . x + bias), x a mean residual-stream vector."""
+
+    direction: torch.Tensor  # [d_model], float32
+    bias: float
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """The direction at length 1, `[d_model]`, float64: w / |w| of Yang eq. 2."""
+        direction = self.direction.double()
+        return direction / direction.norm()
+
+    def save(self, path: Path) -> None:
+        """Write `direction` `[d_model]` and `bias` `[1]` as safetensors."""
+        save_file({"direction": self.direction.float().contiguous(), "bias": torch.tensor([self.bias])}, path)
+
+
+def load_probe(path: str | Path, d_model: int) -> Probe:
+    """Read a probe that `train_probe.py` or a user wrote: safetensors with `direction` `[d_model]`, `bias` optional.
+
+    Raises:
+        UserError: not a safetensors file, no direction, another model's size, or not finite.
+    """
+    given = f"--probe {path}"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{given}: not a readable safetensors file ({error}); write one with train_probe.py."
+        ) from error
+    if "direction" not in tensors:
+        raise UserError(f"{given}: holds no tensor `direction` (it holds: {', '.join(tensors) or 'nothing'}).")
+    direction = tensors["direction"].float()
+    if direction.shape != (d_model,):
+        raise UserError(
+            f"{given}: direction has shape {list(direction.shape)}, this model needs [{d_model}]; "
+            "the probe belongs to another model."
+        )
+    if not direction.isfinite().all() or not direction.any():
+        raise UserError(f"{given}: direction is zero or holds NaN or infinity.")
+    bias = tensors.get("bias", torch.zeros(1)).float()
+    return Probe(direction, float(bias.reshape(-1)[0]) if bias.numel() else 0.0)
+
+
+def fit(features: np.ndarray, labels: np.ndarray, seed: int, inverse_l2: float | None = None) -> Probe:
+    """L2 logistic regression.
+
+    Args:
+        features: `[n, d_model]`.
+        labels: `[n]`, 0 or 1.
+        inverse_l2: scikit-learn's C on features as they are, as in the papers' code. None: the mean is taken off and
+            all is divided by one number, the root mean square of what is left (residual streams differ in size by
+            orders of magnitude between models, and a constant of 35,000 in one dimension is no feature); neither
+            turns a direction. C is chosen by cross-validated AUROC.
+    """
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+
+    if inverse_l2 is not None:
+        model = LogisticRegression(C=inverse_l2, max_iter=500).fit(features, labels)
+        return Probe(torch.tensor(model.coef_[0], dtype=torch.float32), float(model.intercept_[0]))
+    center, size = scale(features)
+    folds = int(min(5, np.bincount(labels).min()))
+    model = LogisticRegressionCV(
+        Cs=np.logspace(-4, 1, 6), cv=folds, scoring="roc_auc", max_iter=5000, random_state=seed,
+        l1_ratios=(0,), use_legacy_attributes=False,
+    )  # fmt: skip
+    model.fit((features - center) / size, labels)
+    direction = model.coef_[0] / size
+    return Probe(torch.tensor(direction, dtype=torch.float32), float(model.intercept_[0] - direction @ center))
+
+
+def scale(features: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean `[d_model]` of features `[n, d_model]`, and the root mean square of what is left of them."""
+    center = features.mean(0, dtype=np.float64)
+    return center, float(np.sqrt(np.mean((features - center) ** 2)))
+
+
+def scores(probe: Probe, features: np.ndarray) -> np.ndarray:
+    """Logits of the probe, `[n]`."""
+    return features.astype(np.float64) @ probe.direction.double().numpy() + probe.bias
+
+
+def nearest_tokens(model, direction: torch.Tensor, n: int = 10) -> list[str]:
+    """Tokens whose unembedding has the largest product with a direction `[d_model]` (the logit lens; Yang table 1)."""
+    unembedding = model._module.get_output_embeddings().weight
+    products = unembedding.detach().float() @ direction.to(unembedding.device).float()
+    return [model.tokenizer.decode([i]) for i in products.topk(n).indices.tolist()]

@@ -1,0 +1,48 @@
+"""Percentile bootstrap intervals over prompts (or passages); conditions share their resamples, so differences pair."""
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 95.0  # %
+
+
+class Bootstrap:
+    """One set of resamples of n units, used for every statistic of a run."""
+
+    def __init__(self, n: int, seed: int):
+        self.rows = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))  # [RESAMPLES, n]
+
+    def mean(self, values) -> dict[str, float]:
+        """Mean of `values` [n] with its interval."""
+        values = np.asarray(values, dtype=np.float64)
+        return interval(values.mean(), values[self.rows].mean(1))
+
+    def difference(self, values, baseline) -> dict[str, float]:
+        """Mean of the paired difference `values - baseline` [n each]."""
+        return self.mean(np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64))
+
+    def percent_of(self, values, none, dpo) -> dict[str, float | None]:
+        """How much of DPO's change a condition makes: 100 (none - values) / (none - dpo), in %; all [n].
+
+        The interval is None where DPO's own effect is not above 0 in some resamples: a share of nothing has none.
+        """
+        change = np.asarray(none, np.float64) - np.asarray(values, np.float64)
+        full = np.asarray(none, np.float64) - np.asarray(dpo, np.float64)
+        if full.mean() <= 0:
+            return {"mean": None, "low": None, "high": None}
+        point = 100 * change.mean() / full.mean()
+        below = full[self.rows].mean(1)
+        if (below <= 0).any():
+            return {"mean": float(point), "low": None, "high": None}
+        return interval(point, 100 * change[self.rows].mean(1) / below)
+
+    def ratio(self, numerator, denominator) -> dict[str, float]:
+        """Ratio of sums, such as nats per token over passages of different length; both [n]."""
+        top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+        return interval(top.sum() / bottom.sum(), top[self.rows].sum(1) / bottom[self.rows].sum(1))
+
+
+def interval(point: float, resampled: np.ndarray) -> dict[str, float]:
+    """The point and the percentiles that leave (100 - LEVEL) / 2 % on each side."""
+    low, high = np.percentile(resampled, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return {"mean": float(point), "low": float(low), "high": float(high)}
