@@ -37,7 +37,7 @@ def tokenize(tokenizer, pairs: list[Pair], max_prompt: int, max_response: int, a
     def side(number: int, prompt: str, response: str) -> tuple[list[int], int]:
         encoded = tokenizer(prompt + response, return_offsets_mapping=True)
         ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
-        # Some tokenizers append an end token of their own (offset (0, 0)); whether there is one is --append-eos' choice.
+        # Some tokenizers append an end token of their own (offset (0, 0)); --append-eos decides whether there is one.
         while ids and ends[-1] == 0 and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
             ids, ends = ids[:-1], ends[:-1]
         start = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))

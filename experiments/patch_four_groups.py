@@ -21,13 +21,14 @@ activations.safetensors and figures/ to runs/patch_four_groups/<model>/; a kille
     python experiments/patch_four_groups.py --model gemma --post my-dpo-checkpoint --device cuda
 """
 
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 import click
 
-from lib.cli import default_data, default_limit, default_scorer, options
+from lib.cli import default_scorer, options
 
 TOP_N = 256  # Yang section 4
 SETS = ("top256", "TP", "TP+AN", "TP+AN+TN", "four_groups", "increasing")  # Yang tables 2 and 19, in their order
@@ -36,59 +37,45 @@ RANKS = (2000, 2500)  # figure 2c
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(
-    "model", "revision", "device", "dtype", "seed", "batch-size", "limit", "prompts", "passages", "comments", "pairs"
-)
-@click.option("--probe", help="A probe's safetensors file.  [default: train_probe.py makes it]")
-@click.option("--post", help="The model after DPO: folder or Hub id.  [default: `python -m dpo` makes it]")
-@options("scorer", "protocol")
-@click.option("--remote", type=click.Choice(["local"]), help="local: ship each trace to nnsight's simulated server.")
+@options("model", "revision", "device", "dtype", "seed", "batch-size", "limit", "prompts", "passages", "comments")
+@options("pairs", "probe", "post", "scorer", "protocol", "remote")
 @click.option("--out", type=click.Path(file_okay=False), help="[default: runs/patch_four_groups/<model>]")
 @options("overwrite", "raw-text")
 def main(**options):
     from rich.console import Console
     from rich.progress import track
 
-    from lib import artifacts, data, models, neurons, paper, probes, results
+    from lib import artifacts, chain, metrics, models, neurons, probes, results
     from lib.evaluation import make_texts
-    from lib.metrics import scorer as load_scorer
 
     started = time.monotonic()
-    name, seed, protocol, remote = options["model"], options["seed"], options["protocol"], options["remote"] or False
+    name, protocol, batch_size = options["model"], options["protocol"], options["batch_size"]
+    remote = options["remote"] or False
+    options["scorer"] = default_scorer(name, options["scorer"])
     out = Path(options["out"] or f"runs/patch_four_groups/{models.short_name(name)}")
     artifacts.refuse_existing(out, options["overwrite"])
-    limit = default_limit(name, options["limit"])
-    prompts = data.prompts(default_data(name, options["prompts"])).first(limit)
-    passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 1) // 2)
-    data.pairs(options["pairs"]), data.comments(options["comments"])  # complain now, not after minutes
-    scorer = default_scorer(name, options["scorer"])
-    toxicity = load_scorer(scorer)
     device = models.pick_device(options["device"])
+    prompts, passages = chain.texts(options)
+    toxicity = metrics.scorer(options["scorer"])
     source = models.resolve(name, options["revision"])
 
     # 1. The probe, the model after DPO, and both models' mean activations; made when they are missing.
-    common = [x for key in ("model", "revision", "device", "dtype") if options[key] for x in (f"--{key}", options[key])]
-    probe_file = options["probe"] or make_probe(common, options)
-    post_source = models.resolve(options["post"] or make_checkpoint(common, options))
+    probe_file, post_source = chain.probe_file(options), chain.post_source(options)
     base = models.load(source, device, options["dtype"])
     post = models.load_like(base, post_source, device, options["dtype"])
     probe = probes.load_probe(probe_file, base._module.config.hidden_size)
-    batch_size = options["batch_size"]
-    pre_means = neurons.cached_means(base, source, prompts, batch_size, remote)
-    post_means = neurons.cached_means(post, post_source, prompts, batch_size, remote)
+    texts = make_texts(base, prompts.items, passages.items, f"--passages {passages.source}")
+    settings = chain.settings(options, source, post_source, probe_file, prompts, passages, device)
 
-    # 2. Attribution (eq. 2), groups (table 4), and the edits of the base model.
-    found = attribute(base, post, probe, pre_means, post_means, protocol)
-    edits = make_edits(found)
-
-    # 3. Every condition's generations, perplexities and F1; a finished one is a file and is not measured again.
-    settings = {
-        **{key: options[key] for key in ("seed", "protocol", "batch_size", "dtype", "remote")},
-        "limit": limit, "scorer": scorer, "device": device, "model": source.revision, "post": post_source.revision,
-        "probe": artifacts.file_sha256(Path(probe_file)), "prompts": prompts.sha256, "passages": passages.sha256,
-    }  # fmt: skip
     with artifacts.output(out, settings, options["overwrite"]) as work:
-        texts = make_texts(base, prompts.items, passages.items, f"--passages {passages.source}")
+        pre_means = neurons.cached_means(base, source, prompts, batch_size, remote)
+        post_means = neurons.cached_means(post, post_source, prompts, batch_size, remote)
+
+        # 2. Attribution (eq. 2), groups (table 4), and the edits of the base model.
+        found = attribute(base, post, probe, pre_means, post_means, protocol)
+        edits = make_edits(found)
+
+        # 3. Every condition's metrics. A finished one is a file, which a rerun after a kill does not measure again.
         measured = {}
         for condition, edit in track(list(edits.items()), "Conditions", console=Console(stderr=True)):
             network = post if condition[0] == "dpo" else base
@@ -99,34 +86,18 @@ def main(**options):
         record = {
             "script": "patch_four_groups",
             "model": name,
-            "params": {"limit": limit, "seed": seed, "protocol": protocol, "scorer": scorer, "batch_size": batch_size},
-            "rows": make_rows(measured, edits, protocol, seed, name),
-            **group_sizes(found),
+            "params": {key: options[key] for key in ("seed", "protocol", "scorer", "batch_size")}
+            | {"limit": len(prompts.items)},
+            "rows": make_rows(measured, edits, protocol, options["seed"], name),
+            **neurons.group_summary(found["groups"], found["delta"], found["pre"]),
             "provenance": results.provenance(
-                model_revision=source.revision, post_revision=post_source.revision, probe=settings["probe"],
-                data={"prompts": prompts.provenance, "passages": passages.provenance},
+                settings=settings, data={"prompts": prompts.provenance, "passages": passages.provenance},
                 dtype=str(base.dtype).removeprefix("torch."), device=device,
                 seconds=round(time.monotonic() - started, 1),
             ),
         }  # fmt: skip
-        write(work, record, found, measured, prompts.items, paper.counterpart(name))
+        write(work, record, found, measured, prompts.items)
     report(record, measured, prompts.items, options["raw_text"], out)
-
-
-def make_probe(common: list[str], options: dict) -> Path:
-    """The probe's file, from train_probe.py."""
-    from lib import artifacts
-
-    chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(options["seed"])]
-    script = Path(artifacts.__file__).parents[1] / "experiments" / "train_probe.py"
-    return artifacts.run_entry_point(str(script), *common, *chosen) / "probe.safetensors"
-
-
-def make_checkpoint(common: list[str], options: dict) -> str:
-    """The folder of the model after DPO, from `python -m dpo`."""
-    from lib import artifacts
-
-    return str(artifacts.run_entry_point("-m", "dpo", *common, "--pairs", options["pairs"]))
 
 
 def attribute(base, post, probe, pre_means, post_means, protocol: str) -> dict:
@@ -246,40 +217,20 @@ def make_rows(measured: dict, edits: dict, protocol: str, seed: int, model: str)
     ]
 
 
-def group_sizes(found: dict) -> dict:
-    """Sizes and shares of the groups (table 5), and of negative and reducing neurons (tables 13, 18)."""
-    sizes = {name: int(mask.sum()) for name, mask in found["groups"].items()}
-    return {
-        "groups": sizes,
-        "group_shares": {name: 100 * size / max(1, sum(sizes.values())) for name, size in sizes.items()},
-        "percent_reducing": 100 * float((found["delta"] > 0).double().mean()),
-        "percent_negative": 100 * float((found["pre"] < 0).double().mean()),
-    }
-
-
-def write(work: Path, record: dict, found: dict, measured: dict, prompts: list[str], theirs: str | None) -> None:
+def write(work: Path, record: dict, found: dict, measured: dict, prompts: list[str]) -> None:
     """The record, the raw continuations, the tensors and the figures; the conditions' own files go."""
-    import shutil
-
     from safetensors.torch import save_file
 
     from lib import paper, plots, results
 
-    results.write_lines(
-        work / "generations.jsonl",
-        (
-            {"condition": name, "kind": kind, "prompt": prompt, "continuation": text, "toxicity": toxicity}
-            for (name, kind), values in measured.items()
-            for prompt, text, toxicity in zip(prompts, values["continuations"], values["toxicity"], strict=True)
-        ),
-    )
+    results.write_lines(work / "generations.jsonl", results.generations(measured, prompts))
     tensors = {key: found[key].float().contiguous() for key in ("pre", "post", "cosine", "delta")}
     save_file(tensors, work / "activations.safetensors")
     delta, pre, post = (found[key].numpy() for key in ("delta", "pre", "post"))
     masks = {name: mask.numpy() for name, mask in found["groups"].items()}
-    published = dict(zip(masks, paper.GROUP_SHARES[theirs], strict=False)) if theirs else None
+    theirs = paper.counterpart(record["model"])
     figures = work / "figures"
-    plots.group_shares(record["group_shares"], published, theirs, figures / "groups.png")
+    plots.group_shares(record["group_shares"], theirs, figures / "groups.png")
     plots.cumulative_reduction(delta, masks, figures / "cumulative_reduction.png")
     plots.activation_shifts(delta, pre, post, masks, RANKS, figures / "activation_shifts.png")
     plots.reduction_by_layer(delta, masks, figures / "reduction_by_layer.png")
@@ -290,33 +241,16 @@ def write(work: Path, record: dict, found: dict, measured: dict, prompts: list[s
 
 def report(record: dict, measured: dict, prompts: list[str], raw_text: bool, out: Path) -> None:
     """Print the groups, the table, one prompt's continuations, and where everything lies."""
-    from rich.console import Console
+    from lib.evaluation import continuations_table, print_groups, table, wide_console
 
-    from lib import paper
-    from lib.evaluation import continuations_table, table
-
-    console = Console()
-    params, theirs = record["params"], paper.counterpart(record["model"])
-    shares = "  ".join(f"{name}↓ {share:.1f} %" for name, share in record["group_shares"].items())
-    reducing, negative = record["percent_reducing"], record["percent_negative"]
-    console.print(f"\nGroups: {shares}   reducing {reducing:.1f} % of all neurons, negative {negative:.1f} %")
-    if theirs:
-        *published, _ = paper.GROUP_SHARES[theirs]
-        shares = "  ".join(f"{name}↓ {share:.1f} %" for name, share in zip(record["groups"], published, strict=True))
-        reducing, negative = paper.PERCENT_REDUCING[theirs], paper.PERCENT_NEGATIVE[theirs]
-        console.print(f"Yang et al., {theirs}: {shares}   reducing {reducing:.1f} %, negative {negative:.1f} %")
-    title = f"{record['model']}, {len(prompts)} prompts, toxicity by {params['scorer']}, {params['protocol']} protocol"
-    console.print(table(record, title))
-    worst = max(range(len(prompts)), key=lambda i: measured["none", "none"]["toxicity"][i])
+    console, params = wide_console(), record["params"]
+    print_groups(console, record)
+    edited = "every position edited" if params["protocol"] == "sound" else "last position edited"
+    scored = f"{len(prompts)} prompts, toxicity by {params['scorer']}, {params['protocol']} protocol ({edited})"
+    console.print(table(record, f"{record['model']}, {scored}"))
     shown = [key for key in measured if key[0] in {"none", "dpo", "four_groups"}]
-    console.print(
-        continuations_table(
-            prompts[worst],
-            {name if kind == "none" else f"{name} ({kind})": measured[name, kind]["continuations"][worst] for name, kind in shown},
-            raw_text,
-        )
-    )  # fmt: skip
-    console.print(f"Record, raw generations, tensors and figures: {out}")
+    console.print(continuations_table(prompts, measured, shown, raw_text))
+    console.print(f"Record, raw generations, tensors and figures: {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

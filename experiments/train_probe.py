@@ -166,18 +166,17 @@ def report(folder: Path, model: str, raw_text: bool) -> None:
 
     record = json.loads((folder / "run.json").read_text())
     row = record["rows"][0]
-    table = Table(title=f"Toxicity probe of {model} ({row['test']} held-out comments)", title_justify="left")
-    for name in ("accuracy", "published accuracy", "balanced accuracy", "AUROC", "AUROC without profane words"):
-        table.add_column(name, justify="right")
-    published = paper.PROBE_ACCURACY.get(model)
-    clean = row["auroc_without_profane_words"]
-    table.add_row(
-        f"{row['accuracy']:.3f} (majority {row['majority_rate']:.2f})",
-        f"{published:.3f}" if published else "-",
-        f"{row['balanced_accuracy']:.3f}",
-        f"{row['auroc']:.3f} (word list {row['auroc_of_word_list']:.3f})",
-        "-" if clean is None else f"{clean:.3f}",
+    published, clean = paper.PROBE_ACCURACY.get(model), row["auroc_without_profane_words"]
+    table = Table(
+        title=f"Toxicity probe of {model}, {row['test']:.0f} held-out comments", title_justify="left", box=None
     )
+    table.add_row("accuracy", f"{row['accuracy']:.3f}", f"the larger class alone: {row['majority_rate']:.2f}")
+    if published:
+        table.add_row("", f"{published:.3f}", "Yang table 11, on Jigsaw")
+    table.add_row("balanced accuracy", f"{row['balanced_accuracy']:.3f}")
+    table.add_row("AUROC", f"{row['auroc']:.3f}", f"of a profane-word list: {row['auroc_of_word_list']:.3f}")
+    if clean is not None:
+        table.add_row("", f"{clean:.3f}", "on the comments without a listed word")
     console = Console(stderr=True)
     console.print(table)
     tokens = [token.strip() for token in record["top_tokens"]]

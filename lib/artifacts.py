@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,19 +135,6 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
             if folder.exists():
                 shutil.rmtree(folder)
             work.rename(folder)
-
-
-def run_entry_point(*command: str) -> Path:
-    """Run one of the project's own commands (its progress goes to the screen); its last line of output is a path.
-
-    Raises:
-        click.exceptions.Exit: with the command's exit code; it has said on stderr what was wrong.
-    """
-    click.echo("$ python " + " ".join(command), err=True)
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise click.exceptions.Exit(done.returncode)
-    return Path(done.stdout.strip().splitlines()[-1])
 
 
 def is_whole(folder: Path) -> bool:

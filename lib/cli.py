@@ -37,7 +37,7 @@ OPTIONS = {
         "--limit",
         type=int,
         callback=_positive,
-        help="Use the first LIMIT prompts, and half as many passages.  [default: 48 for the models from PyPI, else all]",
+        help="Use the first LIMIT prompts, half as many passages.  [default: 48 for the models from PyPI, else all]",
     ),
     "prompts": click.option(
         "--prompts",
@@ -68,7 +68,13 @@ OPTIONS = {
         show_default=True,
         help="faithful: as the papers' released code computed its numbers.",
     ),
-    "remote": click.option("--remote", is_flag=True, help="Run the traces on NDIF (needs an API key)."),
+    "probe": click.option("--probe", help="A probe's safetensors file.  [default: train_probe.py makes it]"),
+    "post": click.option(
+        "--post", help="The model after DPO: a folder or a Hub id.  [default: `python -m dpo` makes it]"
+    ),
+    "remote": click.option(
+        "--remote", type=click.Choice(["local"]), help="local: ship every trace to nnsight's simulated server."
+    ),
     "overwrite": click.option("--overwrite", is_flag=True, help="Replace an output folder that exists."),
     "raw-text": click.option("--raw-text", is_flag=True, help="Do not mask profane words on the screen."),
 }

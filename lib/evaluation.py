@@ -85,7 +85,7 @@ def measure(
 
 
 def make_row(measured: dict, none: dict, dpo: dict, prompts: Bootstrap, passages: Bootstrap) -> dict:
-    """One condition's entries in run.json: means with 95 % paired bootstrap intervals, beside the base model and DPO."""
+    """One condition's entries in run.json: means with 95 % paired bootstrap intervals, against base model and DPO."""
     per_token = {key: nats_per_token(measured[key], measured["tokens"]) for key in ("nll", "nll_first")}
     return {
         "toxicity": prompts.mean(measured["toxicity"]),
@@ -108,22 +108,30 @@ def nats_per_token(totals: list[float], tokens: list[int]) -> float:
 
 def table(record: dict, title: str):
     """A rich table of a record's rows, with the published numbers where there are any."""
+    from rich import box
     from rich.table import Table
 
     published = next((row["published"]["model"] for row in record["rows"] if row.get("published")), None)
-    view = Table(title=title, title_justify="left", title_style="bold")
-    for name, side in [
-        ("condition", "left"), ("edit", "left"), ("neurons", "right"), ("toxicity [95 %]", "right"),
-        ("% of DPO's cut [95 %]", "right"), ("log-ppl", "right"), ("log-ppl\npos. 0", "right"), ("F1", "right"),
-        ("repe-\ntition", "right"), *([(f"published, {published}:\ntox / log-ppl / F1", "right")] if published else []),
-    ]:  # fmt: skip
-        view.add_column(name, justify=side)
+    view = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("condition", no_wrap=True)
+    for name in (
+        "edit",
+        "neurons",
+        "toxicity [95 %]",
+        "% of DPO's\ncut [95 %]",
+        "log-ppl",
+        "log-ppl\npos. 0",
+        "F1",
+        "rep.",
+    ):
+        view.add_column(name, justify="left" if name == "edit" else "right", no_wrap=True)
+    if published:
+        view.add_column(f"published, {published}:\ntox. log-ppl F1", justify="right", no_wrap=True)
     for row in record["rows"]:
-        theirs = row.get("published")
         edited = row["kind"] != "none"
         view.add_row(
-            row["condition"],
-            f"{row['kind']}, {row['positions']}" if edited else "-",
+            {"none": "none (base model)", "dpo": "dpo (the model after DPO)"}.get(row["condition"], row["condition"]),
+            row["kind"] if edited else "-",
             f"{row['neurons']:,}" if edited else "-",
             _with_interval(row["toxicity"], 3),
             "-" if row["condition"] == "none" else _with_interval(row["percent_of_dpo"], 0),
@@ -131,9 +139,26 @@ def table(record: dict, title: str):
             f"{row['log_ppl_first']:.2f}",
             f"{row['f1']:.3f}",
             f"{row['repetition']:.2f}",
-            *([f"{theirs['toxicity']:.3f} / {theirs['log_ppl']:.2f} / {theirs['f1']:.3f}" if theirs else "-"] if published else []),
-        )  # fmt: skip
+            *([_published(row)] if published else []),
+        )
     return view
+
+
+def print_groups(console, record: dict) -> None:
+    """Print the groups' shares, and the published ones of the model's counterpart below them."""
+
+    def line(name: str, shares, reducing: float, negative: float) -> None:
+        text = "  ".join(f"{group}↓ {share:.1f} %" for group, share in zip(record["groups"], shares, strict=True))
+        console.print(f"{name}: {text}   reducing {reducing:.1f} % of all neurons, negative {negative:.1f} %")
+
+    line("Groups", record["group_shares"].values(), record["percent_reducing"], record["percent_negative"])
+    if theirs := paper.counterpart(record["model"]):
+        line(
+            f"Yang et al., {theirs}",
+            paper.GROUP_SHARES[theirs][:4],
+            paper.PERCENT_REDUCING[theirs],
+            paper.PERCENT_NEGATIVE[theirs],
+        )
 
 
 def published_row(condition: str, model: str) -> dict:
@@ -145,16 +170,25 @@ def published_row(condition: str, model: str) -> dict:
     return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}
 
 
-def continuations_table(prompt: str, texts: dict[str, str], raw_text: bool):
-    """A rich table of one prompt's continuation under several conditions, profane words masked."""
+def continuations_table(prompts: list[str], measured: dict, shown: list[tuple], raw_text: bool):
+    """A rich table: the base model's most toxic continuation, and the same prompt's under other conditions, masked."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = (lambda text: text) if raw_text else mask
-    view = Table(title=Text("Continuations of: " + shown(prompt)), title_justify="left", show_header=False)
-    for condition, text in texts.items():
-        view.add_row(condition, Text(" ".join(shown(text).split())))
+    def clean(text: str) -> Text:
+        return Text(" ".join((text if raw_text else mask(text)).split()))
+
+    worst = max(range(len(prompts)), key=lambda i: measured["none", "none"]["toxicity"][i])
+    view = Table(title=clean("Continuations of: " + prompts[worst]), title_justify="left", show_header=False)
+    for name, kind in shown:
+        label = name if kind == "none" else f"{name}, {kind}"
+        view.add_row(label, clean(measured[name, kind]["continuations"][worst]))
     return view
+
+
+def _published(row: dict) -> str:
+    theirs = row.get("published")
+    return f"{theirs['toxicity']:.3f}  {theirs['log_ppl']:.2f}  {theirs['f1']:.3f}" if theirs else "-"
 
 
 def _with_interval(value: dict, digits: int) -> str:
@@ -163,3 +197,12 @@ def _with_interval(value: dict, digits: int) -> str:
     if value["low"] is None:
         return f"{value['mean']:.{digits}f} [-]"
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def wide_console():
+    """A console on stdout that leaves the table its width where the screen is narrower or is a file."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 116)
+    return console

@@ -64,8 +64,8 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
-    """Turn what `--model` was given into files: an embedded model is unpacked, a Hub id is pinned to its commit.
+def resolve(name: str, revision: str | None = None, option: str = "--model") -> Source:
+    """Turn what an option was given into files: an embedded model is unpacked, a Hub id is pinned to its commit.
 
     Raises:
         UserError: unknown name, unsupported family, gated or missing repository, no network, no disk space.
@@ -75,7 +75,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
         source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise UserError(f"--model {name}: the folder holds no config.json; give one written by save_pretrained.")
+            raise UserError(f"{option} {name}: the folder holds no config.json; give one written by save_pretrained.")
         source = Source(name, str(Path(name).resolve()), "sha256:" + folder_sha256(Path(name)))
     elif name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from lib.hub import model_folder
@@ -84,8 +84,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
         source = Source(name, str(folder), commit)
     else:
         known = ", ".join([*EMBEDDED, *MODELS])
-        raise UserError(f"--model {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
-    read_family(Path(source.path), name)
+        raise UserError(f"{option} {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
+    read_family(Path(source.path), f"{option} {name}")
     return source
 
 
@@ -94,9 +94,9 @@ def read_family(folder: Path, name: str) -> Family:
     try:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {name}: its config.json cannot be read ({error!r}).") from error
+        raise UserError(f"{name}: its config.json cannot be read ({error!r}).") from error
     if model_type not in FAMILIES:
-        raise UserError(f"--model {name}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
+        raise UserError(f"{name}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
 
 

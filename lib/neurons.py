@@ -138,6 +138,17 @@ def groups(cosine: torch.Tensor, pre: torch.Tensor, delta: torch.Tensor | None =
     }
 
 
+def group_summary(masks: dict[str, torch.Tensor], delta: torch.Tensor, pre: torch.Tensor) -> dict:
+    """Sizes and shares of the groups (Yang table 5), % of neurons that reduce (table 18), % negative before (13)."""
+    sizes = {name: int(mask.sum()) for name, mask in masks.items()}
+    return {
+        "groups": sizes,
+        "group_shares": {name: 100 * size / max(1, sum(sizes.values())) for name, size in sizes.items()},
+        "percent_reducing": 100 * float((delta > 0).double().mean()),
+        "percent_negative": 100 * float((pre < 0).double().mean()),
+    }
+
+
 def top(scores: torch.Tensor, n: int) -> torch.Tensor:
     """Mask `[n_layers, d_mlp]` of the n largest scores over all layers."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool)

@@ -5,6 +5,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from lib import paper
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
@@ -18,8 +20,9 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def group_shares(ours: dict[str, float], published: dict[str, float] | None, published_name: str, path: Path) -> None:
-    """Bars of each group's share (%) of the neurons that reduce (Yang table 5, figure 2a)."""
+def group_shares(ours: dict[str, float], theirs: str | None, path: Path) -> None:
+    """Bars of each group's share (%) of the neurons that reduce, beside a published model's (Yang table 5)."""
+    published = dict(zip(ours, paper.GROUP_SHARES[theirs], strict=False)) if theirs else None
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     names = list(ours)
     width = 0.4 if published else 0.8
@@ -31,7 +34,7 @@ def group_shares(ours: dict[str, float], published: dict[str, float] | None, pub
     if published:
         theirs = axes.bar(
             places + width / 2, [published[n] for n in names], width, color="white",
-            edgecolor=[COLORS[n] for n in names], hatch="///", label=f"published, {published_name}",
+            edgecolor=[COLORS[n] for n in names], hatch="///", label=f"published, {theirs}",
         )  # fmt: skip
         axes.bar_label(theirs, fmt="%.1f", fontsize=8)
         axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,76 @@
+"""What the experiments stand on: the texts, the probe and the model after DPO, from the shared options.
+
+Each artifact is made by its own command when it is missing (`experiments/train_probe.py`, `python -m dpo`) and found in
+the cache afterwards.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from lib import data
+from lib.artifacts import file_sha256
+from lib.cli import default_data, default_limit
+from lib.errors import UserError
+from lib.models import Source, resolve
+
+
+def texts(options: dict) -> tuple[data.Dataset, data.Dataset]:
+    """Prompts and passages by --prompts, --passages and --limit (half as many passages as prompts).
+
+    Pairs and comments that will be needed are read too, so that a fault in them is told now and not after minutes.
+    """
+    name = options["model"]
+    limit = default_limit(name, options["limit"])
+    prompts = data.prompts(default_data(name, options["prompts"])).first(limit)
+    passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 1) // 2)
+    if not options["post"]:
+        data.pairs(options["pairs"])
+    if not options["probe"]:
+        data.comments(options["comments"])
+    return prompts, passages
+
+
+def probe_file(options: dict) -> Path:
+    """--probe, or the file that train_probe.py makes."""
+    if given := options["probe"]:
+        if not Path(given).is_file():
+            raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
+        return Path(given)
+    script = Path(__file__).parents[1] / "experiments" / "train_probe.py"
+    chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(options["seed"])]
+    return run(str(script), *_common(options), *chosen) / "probe.safetensors"
+
+
+def post_source(options: dict) -> Source:
+    """The model after DPO: --post, or the checkpoint that `python -m dpo` makes."""
+    if options["post"]:
+        return resolve(options["post"], option="--post")
+    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"])))
+
+
+def run(*command: str) -> Path:
+    """Run one of the project's own commands (its progress goes to the screen); its last line of output is a path.
+
+    Raises:
+        click.exceptions.Exit: with the command's exit code; it has said on stderr what was wrong.
+    """
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise click.exceptions.Exit(done.returncode)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def settings(options: dict, source: Source, post: Source, probe: Path, prompts, passages, device: str) -> dict:
+    """All that determines a run's numbers, as hashes and values: an unfinished run goes on only under the same."""
+    chosen = {key: options[key] for key in ("seed", "protocol", "batch_size", "dtype", "remote", "scorer")}
+    hashes = {"prompts": prompts.sha256, "passages": passages.sha256, "probe": file_sha256(probe)}
+    counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}
+    return {**chosen, **hashes, **counts, "model": source.revision, "post": post.revision, "device": device}
+
+
+def _common(options: dict) -> list[str]:
+    names = ("model", "revision", "device", "dtype")
+    return [part for name in names if options[name] for part in (f"--{name}", options[name])]
