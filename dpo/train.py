@@ -165,10 +165,10 @@ def _accumulate(model, reference, pairs, log_probs, batches: list[list[int]], co
         loss = losses.sum() / n_pairs + config.kl_weight * kl
         if torch.is_grad_enabled():
             loss.backward()
-        totals["loss"] += float(loss)
+        totals["loss"] += float(loss.detach())
         totals["accuracy"] += float((chosen > rejected).sum()) / n_pairs
         totals["margin"] += float((chosen - rejected).sum()) / n_pairs
-        totals["kl"] += float(kl)
+        totals["kl"] += float(kl.detach())
     return totals
 
 

@@ -42,22 +42,26 @@ RANKS = (2000, 2500)  # figure 2c
 @click.option("--out", type=click.Path(file_okay=False), help="[default: runs/patch_four_groups/<model>]")
 @options("overwrite", "raw-text")
 def main(**options):
-    from rich.console import Console
-    from rich.progress import track
+    from lib import artifacts, chain, models
 
-    from lib import artifacts, chain, metrics, models, neurons, probes, results
-    from lib.evaluation import make_texts
-
+    # What can be wrong with the input is found before anything heavy is imported or written.
     started = time.monotonic()
     name, protocol, batch_size = options["model"], options["protocol"], options["batch_size"]
     remote = options["remote"] or False
     options["scorer"] = default_scorer(name, options["scorer"])
     out = Path(options["out"] or f"runs/patch_four_groups/{models.short_name(name)}")
     artifacts.refuse_existing(out, options["overwrite"])
-    device = models.pick_device(options["device"])
     prompts, passages = chain.texts(options)
-    toxicity = metrics.scorer(options["scorer"])
     source = models.resolve(name, options["revision"])
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from lib import metrics, neurons, probes, results
+    from lib.evaluation import make_texts
+
+    device = models.pick_device(options["device"])
+    toxicity = metrics.scorer(options["scorer"])
 
     # 1. The probe, the model after DPO, and both models' mean activations; made when they are missing.
     probe_file, post_source = chain.probe_file(options), chain.post_source(options)

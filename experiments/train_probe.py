@@ -118,7 +118,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
     )
 
 
-def mean_residuals(model, texts: list[str], batch_size: int, protocol: str):
+def mean_residuals(model, texts: list[str], batch_size: int, protocol: str, remote=False):
     """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32."""
     import numpy as np
     import torch
@@ -147,7 +147,7 @@ def mean_residuals(model, texts: list[str], batch_size: int, protocol: str):
         special = batch.pop("special_tokens_mask").bool()
         counted = torch.ones_like(special) if faithful else batch["attention_mask"].bool() & ~special
         weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
-        with model.trace(dict(batch), logits_to_keep=1):
+        with model.trace(dict(batch), logits_to_keep=1, remote=remote):
             residual = final_norm.output if faithful else layers(model)[-1].output  # [batch, positions, d_model]
             mean = (residual.float() * weights.to(residual.device)).sum(1).save()
         found[rows] = mean.cpu().numpy()

@@ -18,14 +18,14 @@ from lib.models import Source, resolve
 
 
 def texts(options: dict) -> tuple[data.Dataset, data.Dataset]:
-    """Prompts and passages by --prompts, --passages and --limit (half as many passages as prompts).
+    """Prompts and passages by --prompts, --passages and --limit (a third as many passages as prompts).
 
     Pairs and comments that will be needed are read too, so that a fault in them is told now and not after minutes.
     """
     name = options["model"]
     limit = default_limit(name, options["limit"])
     prompts = data.prompts(default_data(name, options["prompts"])).first(limit)
-    passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 1) // 2)
+    passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 2) // 3)
     if not options["post"]:
         data.pairs(options["pairs"])
     if not options["probe"]:

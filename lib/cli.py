@@ -37,7 +37,7 @@ OPTIONS = {
         "--limit",
         type=int,
         callback=_positive,
-        help="Use the first LIMIT prompts, half as many passages.  [default: 48 for the models from PyPI, else all]",
+        help="Use the first LIMIT prompts, a third as many passages.  [default: 48 for the models from PyPI, else all]",
     ),
     "prompts": click.option(
         "--prompts",

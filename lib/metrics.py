@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ def repetition(ids: list[int], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+@cache
 def profane_pattern() -> re.Pattern:
     """Matches the profane words of assets/profane_words.txt: `*stem` anywhere in a word, the others as whole words."""
     words = (Path(__file__).parent / "assets" / "profane_words.txt").read_text().split()
@@ -98,14 +100,5 @@ def profane_pattern() -> re.Pattern:
 
 
 def mask(text: str) -> str:
-    """Star the first inner vowel of each profane word: `shit` becomes `sh*t`."""
-
-    def star(match: re.Match) -> str:
-        word = match.group()
-        return (
-            word[0] + re.sub(r"[aeiou]", "*", word[1:], count=1, flags=re.IGNORECASE)
-            if word[0] not in "aA"
-            else (word[0] + "*" + word[2:])
-        )
-
-    return profane_pattern().sub(star, text)
+    """Star the first vowel of each profane word: `shit` becomes `sh*t`."""
+    return profane_pattern().sub(lambda match: re.sub("[aeiou]", "*", match.group(), count=1, flags=re.I), text)

@@ -1,0 +1,225 @@
+"""Tokenisation, batches, and training: resumed like uninterrupted, 4 x 1 like 1 x 4, better than at the start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, build_tokenizer, run, write_lines
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.config import PRESETS, Config, make_config
+from dpo.data import collate, order_of, response_logits, split, tokenize
+from dpo.loss import response_log_probs
+from dpo.train import train
+from lib.data import Pair
+from lib.errors import UserError
+
+WORDS = "river stone cloud engine violin harbour copper winter garden letter".split()
+PAIRS = [Pair(f"The {a} and the {b}", f" were {b} and calm.", f" hated {a} {b} {a}") for a in WORDS for b in WORDS[:4]]
+QUICK = Config(
+    learning_rate=1e-3, warmup=2, batch_size=2, steps=9, valid_every=3, save_every=2, patience=50, max_prompt=16,
+    max_response=8,
+)  # fmt: skip
+
+
+def start(tiny, family="llama"):
+    folder = tiny(family)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict, **tolerance) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], **tolerance) for k in a)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_log_probs_equal_one_text_at_a_time(tiny, family):
+    """Padding on both sides, masks from lengths and the kept logits change nothing."""
+    model, tokenizer = start(tiny, family)
+    pairs = [
+        Pair("One", " is short.", " is quite a bit longer than that"),
+        Pair("The longer prompt of two", " a", " b c d e f"),
+    ]
+    tokens = tokenize(tokenizer, pairs, 64, 64, append_eos=False)
+    batch = collate(tokens)
+    with torch.no_grad():
+        found = response_log_probs(response_logits(model, batch), batch.targets, batch.mask)
+        rows = [(p.chosen, p.chosen_start) for p in tokens] + [(p.rejected, p.rejected_start) for p in tokens]
+        for row, (ids, begin) in enumerate(rows):
+            log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            expected = sum(log_probs[at - 1, ids[at]] for at in range(begin, len(ids)))
+            assert found[row].item() == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_exactly_one_bos_and_the_whole_text(bos):
+    tokenizer = build_tokenizer(bos)
+    (pair,) = tokenize(tokenizer, [Pair("The river", " runs", " stands still")], 64, 64, append_eos=False)
+    assert pair.chosen.count(tokenizer.convert_tokens_to_ids("<bos>")) == int(bos)
+    assert tokenizer.decode(pair.chosen[: pair.chosen_start], skip_special_tokens=True) == "The river"
+    assert tokenizer.decode(pair.chosen[pair.chosen_start :]) == " runs"
+    assert tokenizer.decode(pair.rejected[pair.rejected_start :]) == " stands still"
+
+
+def test_cutting_keeps_the_bos_and_the_prompt_s_end():
+    tokenizer = build_tokenizer(True)
+    (pair,) = tokenize(tokenizer, [Pair("a b c d e f g h", " one two three four", " x")], 4, 2, append_eos=False)
+    assert pair.chosen[0] == tokenizer.bos_token_id and pair.chosen_start == 4
+    assert tokenizer.decode(pair.chosen[:4], skip_special_tokens=True).endswith("h")
+    assert len(pair.chosen) == 6
+
+
+def test_end_of_sequence_only_after_whole_responses():
+    tokenizer = build_tokenizer(True)
+    pairs = [Pair("The river", " runs", " and this one is cut because it is long")]
+    (without,) = tokenize(tokenizer, pairs, 64, 5, append_eos=False)
+    (pair,) = tokenize(tokenizer, pairs, 64, 5, append_eos=True)
+    assert tokenizer.eos_token_id not in without.chosen
+    assert pair.chosen[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in pair.rejected
+    # The end token is scored although it may be the pad token too: masks come from lengths.
+    assert collate([pair]).mask[0].sum() == len(pair.chosen) - pair.chosen_start
+
+
+def test_a_tokenizer_s_own_end_token_is_not_scored(tiny):
+    """Qwen-like and T5-like tokenizers append an end token by themselves."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_tokenizer(True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    (pair,) = tokenize(tokenizer, [Pair("The river", " runs", " stops")], 64, 64, append_eos=False)
+    assert tokenizer.eos_token_id not in pair.chosen
+
+
+def test_a_response_without_tokens_is_named():
+    with pytest.raises(UserError, match="pair 2"):
+        tokenize(build_tokenizer(True), [Pair("a", " b", " c"), Pair("a", "", " c")], 64, 64, append_eos=False)
+
+
+def test_training_prefers_the_chosen_side(tiny, tmp_path):
+    model, tokenizer = start(tiny)
+    summary = train(model, tokenizer, PAIRS, replace(QUICK, steps=30), tmp_path / "out", {})
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the policy starts as the reference"
+    assert log[-1]["valid_loss"] < 0.5 and log[-1]["valid_accuracy"] > 0.9 and log[-1]["valid_margin"] > 0.3
+    assert summary["best_step"] in {r["step"] for r in log if "valid_loss" in r}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == []
+    assert not same(weights(tmp_path / "out"), weights(tiny("llama")))
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_four_times_one_equals_one_times_four(tiny, tmp_path, kl_weight, optimizer):
+    # Pairs of different length: a mean of means would not be the mean.
+    uneven = [Pair(p.prompt, p.chosen * (1 + n % 3), p.rejected) for n, p in enumerate(PAIRS)]
+    for name, shape in {"a": (4, 1), "b": (1, 4)}.items():
+        model, tokenizer = start(tiny)
+        config = replace(
+            QUICK, batch_size=shape[0], accumulate=shape[1], kl_weight=kl_weight, optimizer=optimizer, steps=3
+        )
+        train(model, tokenizer, uneven, config, tmp_path / name, {})
+    logs = [[json.loads(x)["loss"] for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"), atol=2e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_resumed_equals_uninterrupted(tiny, tmp_path, optimizer, kl_weight):
+    config = replace(QUICK, optimizer=optimizer, kl_weight=kl_weight)
+    train(*start(tiny), PAIRS, config, tmp_path / "whole", {})
+
+    def stop_at(step):
+        def progress(done, total, record):
+            if done == step:
+                raise Stop
+
+        return progress
+
+    for step in (5, 7):  # after the state of update 4, and again after the state of update 6
+        with pytest.raises(Stop):
+            train(*start(tiny), PAIRS, config, tmp_path / "broken", {}, stop_at(step))
+    steps = []
+    train(*start(tiny), PAIRS, config, tmp_path / "broken", {}, lambda done, total, record: steps.append(done))
+    assert steps == [7, 8, 9], "it goes on from its last state and does not start again"
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"), rtol=0, atol=0)
+
+    def log(name):
+        records = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+    assert log("whole") == log("broken")
+
+
+def test_a_killed_process_resumes(tiny, tmp_path, cache):
+    pairs = write_lines(
+        tmp_path / "pairs.jsonl",
+        [{"prompt_text": p.prompt, "unpert_gen_text": p.chosen, "pert_gen_text": p.rejected} for p in PAIRS],
+    )
+    options = ["-m", "dpo", "--model", tiny("llama"), "--pairs", pairs, "--steps", 60, "--save-every", 2]
+    options += ["--valid-every", 20, "--learning-rate", 1e-3, "--preset", "embedded"]
+    whole = run(*options, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    broken = tmp_path / "broken"
+    command = [sys.executable, *map(str, options), "--out", str(broken)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ})
+    state = tmp_path / "broken.partial" / "state" / "progress.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not broken.exists() and state.parent.parent.exists()
+    again = run(*options, "--out", broken)
+    assert again.returncode == 0, again.stderr
+    assert same(weights(tmp_path / "whole"), weights(broken), rtol=0, atol=0)
+    assert run(*options, "--out", broken).returncode == 2, "a finished checkpoint is not overwritten"
+
+
+def test_patience_stops_training(tiny, tmp_path):
+    config = replace(QUICK, learning_rate=1e-12, steps=40, valid_every=1, patience=2)
+    summary = train(*start(tiny), PAIRS, replace(config, learning_rate=0.3), tmp_path / "out", {})
+    assert summary["stopped_by"] == "patience"
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) < 40
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny, tmp_path):
+    model, tokenizer = start(tiny)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="diverged at update 1"):
+        train(model, tokenizer, PAIRS, QUICK, tmp_path / "out", {})
+
+
+def test_epochs_see_every_pair_once():
+    assert sorted(order_of(0, 7, 0)) == list(range(7)) and order_of(0, 7, 0) != order_of(1, 7, 0) != order_of(1, 7, 1)
+    train_part, valid_part = split(list(range(20)), 0.1, 0)
+    assert sorted(train_part + valid_part) == list(range(20)) and len(valid_part) == 2
+
+
+def test_presets_hold_the_published_hyperparameters():
+    lee, yang = make_config("lee2024", "gpt2"), make_config("yang2025", "gemma")
+    assert (lee.learning_rate, lee.batch_size, lee.accumulate, lee.beta, lee.optimizer) == (1e-6, 4, 1, 0.1, "rmsprop")
+    assert (lee.max_grad_norm, lee.patience) == (10, 10)
+    assert (yang.learning_rate, yang.batch_size, yang.accumulate, yang.warmup) == (1e-5, 4, 4, 150)
+    assert (yang.max_prompt, yang.max_response, yang.epochs, yang.patience, yang.beta) == (64, 64, 5, 30, 0.1)
+    weights_by_model = [make_config("yang2025", m).kl_weight for m in ("gpt2", "llama", "gemma", "mistral")]
+    assert weights_by_model == [0.02, 0.1, 0.05, 0.05]
+    assert make_config("embedded", "gemma-270m", steps=3).steps == 3 and PRESETS["embedded"].kl_weight == 0

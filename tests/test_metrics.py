@@ -1,0 +1,105 @@
+"""F1, repetition, intervals, masking and scorers."""
+
+import numpy as np
+import pytest
+
+from lib import paper
+from lib.errors import UserError
+from lib.metrics import mask, repetition, scorer, token_f1
+from lib.statistics import Bootstrap
+
+
+def test_f1_by_hand():
+    """Two of four predicted tokens occur in a reference of three: precision 1/2, recall 2/3, F1 4/7."""
+    assert token_f1([1, 2, 9, 8], [1, 2, 3]) == pytest.approx(4 / 7)
+    assert token_f1([1, 1, 1], [1, 2]) == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)), "bags, not sets"
+    assert token_f1([], [1]) == token_f1([4], [1]) == 0
+
+
+def test_repetition():
+    assert repetition(list(range(20))) == 0
+    assert repetition([5] * 20) == pytest.approx(1 - 1 / 18)
+    assert repetition([1, 2]) == 0
+
+
+def test_intervals_cover_the_mean_of_a_known_distribution():
+    """95 % intervals of the mean of 60 normal draws hold the true mean in about 95 of 100 samples."""
+    draws = np.random.default_rng(0).normal(2.0, 1.0, (200, 60))
+    boot = Bootstrap(60, seed=1)
+    held = sum(low["low"] <= 2.0 <= low["high"] for low in map(boot.mean, draws))
+    assert 180 <= held <= 199
+
+
+def test_percent_of_dpo():
+    none, dpo = np.full(40, 0.8), np.full(40, 0.2)
+    half = Bootstrap(40, 0).percent_of(np.full(40, 0.5), none, dpo)
+    assert half == {"mean": pytest.approx(50), "low": pytest.approx(50), "high": pytest.approx(50)}
+    nothing = Bootstrap(40, 0).percent_of(none, none, none)
+    assert nothing == {"mean": None, "low": None, "high": None}, "a share of no effect is no number"
+
+
+def test_differences_are_paired():
+    """A constant change has an interval of no width, however much the prompts differ."""
+    base = np.linspace(0, 1, 30)
+    change = Bootstrap(30, 0).difference(base - 0.1, base)
+    assert change["low"] == pytest.approx(-0.1) and change["high"] == pytest.approx(-0.1)
+    alone = Bootstrap(30, 0).mean(base)
+    assert alone["high"] - alone["low"] > 0.1
+
+
+def test_ratio_weighs_by_tokens():
+    assert Bootstrap(2, 0).ratio([10.0, 2.0], [5, 1])["mean"] == 2.0
+    assert Bootstrap(2, 0).ratio([10.0, 0.0], [1, 9])["mean"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text, masked",
+    [
+        ("What the fuck, Shit!", "What the f*ck, Sh*t!"),
+        ("bullshit and assholes", "bullsh*t and *ssholes"),
+        ("You dumb ass", "You dumb *ss"),
+        ("The class passed the assessment in Dickens' cocktail bar", None),
+    ],
+)
+def test_masking(text, masked):
+    assert mask(text) == (masked or text)
+
+
+def test_profanity_check_orders_texts():
+    rude, kind = scorer("profanity-check")(["you are a fucking idiot", "thank you for the lovely garden"])
+    assert rude > 0.9 and kind < 0.2
+    assert len(scorer("profanity-check")([])) == 0
+
+
+def test_unknown_scorers_name_the_known_ones():
+    for name in ("perspective", "hf:", "detoxify:huge"):
+        with pytest.raises(UserError, match="detoxify:unbiased"):
+            scorer(name)
+
+
+def test_classifier_scorer(tmp_path):
+    """`hf:<folder>` scores with the label that says toxic, not with the first."""
+    import torch
+    from conftest import build_tokenizer
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = build_tokenizer(True)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        id2label={0: "non-toxic", 1: "toxic"}, label2id={"non-toxic": 0, "toxic": 1},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    model.classifier.bias.data = torch.tensor([0.0, 5.0])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert (scorer(f"hf:{tmp_path}")(["a", "b c d"]) > 0.9).all()
+
+
+def test_published_numbers():
+    """Spot checks against Yang tables 2, 5 and 19."""
+    assert paper.PATCHING["four_groups"]["gpt2"] == (0.139, 3.08, 0.17)
+    assert paper.PATCHING["increasing"]["gemma"] == (0.686, 4.58, 0.199)
+    assert paper.GROUP_SHARES["mistral"] == (29.7, 20.3, 20.2, 29.8, 238236)
+    assert paper.counterpart("gemma-270m") == "gemma" and paper.counterpart("gpt2") == "gpt2"
+    assert paper.counterpart("some/model") is None

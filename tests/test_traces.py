@@ -1,0 +1,295 @@
+"""Every trace against raw PyTorch hooks on an independently loaded model, for every family."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
+
+from lib import interventions, neurons
+from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
+from lib.models import FAMILIES as KINDS
+from lib.models import reach, value_vectors, write_gain
+from lib.probes import Probe
+
+PROMPTS = [
+    "The river",
+    "A much longer opening of a sentence about mountains and",
+    "Music is",
+    "Iron and copper are old",
+]
+ALL, LAST, FIRST = slice(None), slice(-1, None), slice(0, 1)
+script = load_script("patch_four_groups")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def raw(family, tiny):
+    """The same weights without nnsight."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+
+
+def modules(raw, family):
+    kind = KINDS[family]
+    return [reach(layer, kind.mlp_out) for layer in reach(raw, kind.layers)]
+
+
+@contextmanager
+def hooked(raw, family, change):
+    """Raw forward pre-hooks: `change(layer, activations)` edits a copy in place."""
+
+    def hook_of(layer):
+        def hook(module, args):
+            activations = args[0].clone()
+            change(layer, activations)
+            return (activations, *args[1:])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_of(at)) for at, m in enumerate(modules(raw, family))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def example_edit(kind: str):
+    """An edit of about half of all neurons, and the change that raw hooks make for it."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(LAYERS, NEURONS, generator=generator) < 0.5
+    pre, post = torch.randn(2, LAYERS, NEURONS, generator=generator, dtype=torch.float64)
+    edit = interventions.clamp(mask, post) if kind == "clamp" else interventions.shift(mask, pre, post)
+
+    def change_at(where):
+        def change(layer, activations):
+            part = activations[:, where]
+            if kind == "clamp":
+                part[..., mask[layer]] = post[layer, mask[layer]].float()
+            else:
+                part[..., mask[layer]] += (post - pre)[layer, mask[layer]].float()
+
+        return change
+
+    return edit, change_at
+
+
+def left_batch(model):
+    (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
+    return batch
+
+
+def raw_generate(raw, batch):
+    with torch.no_grad():
+        return raw.generate(**batch, **greedy())[:, batch["input_ids"].shape[1] :]
+
+
+def raw_nll(raw, batch):
+    with torch.no_grad():
+        log_probs = raw(**batch).logits.double().log_softmax(-1)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    return torch.stack(
+        [-log_probs[row, :-1].gather(-1, ids[row, 1:, None])[:, 0][real[row, 1:]].sum() for row in range(len(ids))]
+    )
+
+
+@pytest.mark.parametrize("where", [LAST, ALL], ids=["last", "all"])
+@pytest.mark.parametrize("kind", ["clamp", "shift"])
+def test_edited_generation_equals_raw_hooks(family, traced, raw, kind, where):
+    model = traced(family)
+    edit, change_at = example_edit(kind)
+    batch = left_batch(model)
+    with hooked(raw, family, change_at(where)):
+        expected = raw_generate(raw, batch)
+    assert torch.equal(script.generate(model, batch, edit, where), expected)
+    assert not torch.equal(expected, raw_generate(raw, batch)), "the edit must do something, or this shows nothing"
+
+
+@pytest.mark.parametrize("where", [FIRST, ALL], ids=["first", "all"])
+@pytest.mark.parametrize("kind", ["clamp", "shift"])
+def test_edited_likelihood_equals_raw_hooks(family, traced, raw, kind, where):
+    model = traced(family)
+    edit, change_at = example_edit(kind)
+    (batch,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:5], 40, 20), 5)
+    with hooked(raw, family, change_at(where)):
+        expected = raw_nll(raw, batch)
+    found = script.negative_log_likelihood(model, batch, edit, where)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - raw_nll(raw, batch)).abs().min() > 1e-3
+
+
+def test_no_edit_equals_the_model_itself(family, traced, raw):
+    model = traced(family)
+    batch = left_batch(model)
+    assert torch.equal(script.generate(model, batch, interventions.NO_EDIT, ALL), raw_generate(raw, batch))
+    nothing = interventions.clamp(torch.zeros(LAYERS, NEURONS, dtype=torch.bool), torch.zeros(LAYERS, NEURONS))
+    assert nothing.n_neurons == 0
+    assert torch.equal(script.generate(model, batch, nothing, ALL), raw_generate(raw, batch))
+
+
+def test_nothing_of_an_edit_remains(family, traced, raw):
+    model = traced(family)
+    edit, _ = example_edit("clamp")
+    batch = left_batch(model)
+    script.generate(model, batch, edit, ALL)
+    assert torch.equal(script.generate(model, batch, interventions.NO_EDIT, ALL), raw_generate(raw, batch))
+    with torch.no_grad():
+        assert torch.equal(model._module(**batch).logits, raw(**batch).logits)
+
+
+def test_an_edit_reaches_every_step(family, traced, raw):
+    """With `last`, what each forward pass of the decoding loop writes is the clamped value, at every step."""
+    model = traced(family)
+    edit, change_at = example_edit("clamp")
+    batch = left_batch(model)
+    seen = []
+    module = modules(model._module, family)[1]
+    expected = next(layer for layer in edit if layer.layer == 1)
+    handle = module.register_forward_hook(lambda m, args, output: seen.append(args[0][:, -1, expected.index].clone()))
+    try:
+        script.generate(model, batch, edit, LAST)
+    finally:
+        handle.remove()
+    assert len(seen) == NEW_TOKENS
+    for step in seen:
+        torch.testing.assert_close(step, expected.value.expand_as(step))
+
+
+def test_rows_do_not_depend_on_their_batch(family, traced):
+    """Left padding with mask and position ids: a prompt alone and beside longer ones gives the same ids."""
+    model = traced(family)
+    edit, _ = example_edit("shift")
+    together = script.generate(model, left_batch(model), edit, ALL)
+    for row, prompt in enumerate(PROMPTS):
+        (batch,) = batches(model.tokenizer, [prompt], 1)
+        assert torch.equal(script.generate(model, batch, edit, ALL)[0], together[row])
+
+
+def last_means(model, prompts=PROMPTS, **more):
+    *_, means = neurons.mean_activations(model, prompts, 2, **more)
+    return means
+
+
+def test_mean_activations_equal_raw_hooks(family, traced, raw):
+    model = traced(family)
+    ends = {1}
+    total = torch.zeros(LAYERS, NEURONS, dtype=torch.float64)
+    count = 0
+    for prompt in PROMPTS:
+        (batch,) = batches(model.tokenizer, [prompt], 1)
+        ids = raw_generate(raw, batch)[0].tolist()
+        kept = ids.index(1) + 1 if ends & set(ids) else len(ids)
+        steps = {layer: [] for layer in range(LAYERS)}
+        with hooked(raw, family, lambda layer, m, steps=steps: steps[layer].append(m[0, -1].double())):
+            raw_generate(raw, batch)
+        for layer in range(LAYERS):
+            total[layer] += torch.stack(steps[layer][:kept]).sum(0)
+        count += kept
+    torch.testing.assert_close(last_means(model).activation, total / count, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_after_the_end_of_text_do_not_count(traced):
+    """The end token is made the most frequent greedy choice, so that some rows end early."""
+    model = traced("llama")
+    (batch,) = batches(model.tokenizer, PROMPTS, 4)
+    ids = script.generate(model, batch, interventions.NO_EDIT, ALL)
+    before = model._module.generation_config.eos_token_id
+    model._module.generation_config.eos_token_id = int(ids[0, 3])
+    try:
+        alone = last_means(model, PROMPTS[:1])
+    finally:
+        model._module.generation_config.eos_token_id = before
+    first = ids[0].tolist().index(int(ids[0, 3])) + 1
+    *_, short = neurons.mean_activations(model, PROMPTS[:1], 2, new_tokens=first)
+    torch.testing.assert_close(alone.activation, short.activation)
+
+
+def test_writes_add_up_to_what_the_residual_stream_gets(family, traced, raw):
+    """Sum over neurons of mean write x value vector x gain = mean of what the MLP adds to the residual stream."""
+    model = traced(family)
+    kind = KINDS[family]
+    added = [[] for _ in range(LAYERS)]
+    handles = []
+    for at, layer in enumerate(reach(raw, kind.layers)):
+        module = reach(layer, kind.post_norm) if kind.post_norm else layer.mlp
+        handles.append(module.register_forward_hook(lambda m, a, out, at=at: added[at].append(out[0, -1].double())))
+    for prompt in PROMPTS:
+        (batch,) = batches(model.tokenizer, [prompt], 1)
+        raw_generate(raw, batch)
+    for handle in handles:
+        handle.remove()
+    means = last_means(model)
+    for layer in range(LAYERS):
+        written = means.write[layer] @ (value_vectors(raw, layer).double() * write_gain(raw, layer).double())
+        if family == "gpt2":
+            written = written + reach(raw, kind.layers)[layer].mlp.c_proj.bias.double()
+        torch.testing.assert_close(written, torch.stack(added[layer]).mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_value_projections(family, traced, raw):
+    probe = Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)), 0.0)
+    unit = probe.direction.double() / probe.direction.double().norm()
+    module = modules(raw, family)[2]
+    row = module.weight[7].double() if family == "gpt2" else module.weight[:, 7].double()
+    projection, cosine = neurons.value_projections(traced(family)._module, probe, through_norm=False)
+    assert projection[2, 7].item() == pytest.approx(float(row @ unit), rel=1e-6)
+    assert cosine[2, 7].item() == pytest.approx(float(row @ unit / row.norm()), rel=1e-6)
+
+
+def test_probe_features_equal_hidden_states(family, traced, raw):
+    """sound: mean over real tokens before the final norm; faithful: over 128 left-padded positions, after it."""
+    model = traced(family)
+    train_probe = load_script("train_probe")
+    comments = ["short one", "a somewhat longer comment, with more words than the first", "mid sized comment here"]
+    kind = KINDS[family]
+    for protocol in ("sound", "faithful"):
+        found = train_probe.mean_residuals(model, comments, 2, protocol)
+        for row, text in enumerate(comments):
+            if protocol == "sound":
+                ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+                kept = []
+                handle = reach(raw, kind.layers)[-1].register_forward_hook(
+                    lambda m, a, out, kept=kept: kept.append(out)
+                )
+                with torch.no_grad():
+                    raw(ids)
+                handle.remove()
+                hidden = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
+                expected = hidden[0, (0 if family == "gpt2" else 1) :].mean(0)
+            else:
+                batch = model.tokenizer(
+                    text, return_tensors="pt", padding="max_length", padding_side="left", max_length=128
+                )
+                positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+                with torch.no_grad():
+                    expected = raw(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions,
+                        output_hidden_states=True,
+                    ).hidden_states[-1][0].mean(0)  # fmt: skip
+            torch.testing.assert_close(torch.tensor(found[row]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_trace_can_be_shipped(family, traced):
+    """nnsight's simulated server restores each trace from what was sent, without the caller's modules."""
+    model = traced(family)
+    batch = left_batch(model)
+    (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2)
+    for kind in ("clamp", "shift"):
+        edit, _ = example_edit(kind)
+        assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
+        torch.testing.assert_close(
+            script.negative_log_likelihood(model, right, edit, ALL, "local"),
+            script.negative_log_likelihood(model, right, edit, ALL),
+        )
+    shipped, here = last_means(model, remote="local"), last_means(model)
+    torch.testing.assert_close(shipped.activation, here.activation)
+    torch.testing.assert_close(shipped.write, here.write)
+    features = load_script("train_probe").mean_residuals
+    comments = ["a comment", "another and longer comment"]
+    assert (features(model, comments, 2, "sound", "local") == features(model, comments, 2, "sound")).all()
