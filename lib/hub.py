@@ -12,12 +12,12 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # no .bin or .pth
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turn the Hub's and the network's failures inside the block into a UserError about `name`."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    # HTTPError: of whichever HTTP library this version of the Hub's client uses.
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
 
 

@@ -31,9 +31,15 @@ def make_handler(root: Path):
             parts = parts[1:] if api else parts
             dataset = parts[0] == "datasets"
             parts = parts[1:] if parts[0] in {"models", "datasets"} else parts
+            if len(parts) < 2:
+                return self.answer(404)
             folder = root / ("datasets" if dataset else "") / parts[0] / parts[1]
             if not folder.is_dir():
                 return self.answer(404, b"", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            if api and "tree" in parts:
+                files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+                tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+                return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
             if api:
                 files = [{"rfilename": p.name} for p in sorted(folder.iterdir())]
                 info = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": files, "private": False}
