@@ -81,10 +81,12 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from dpo.train import train
     from lib.results import versions
 
+    logging.disable_progress_bar()  # of single weights
     dtype = "float32" if dtype == "auto" else dtype  # the papers train in float32 on every device
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
     tokenizer = AutoTokenizer.from_pretrained(source.path)

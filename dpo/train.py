@@ -75,7 +75,7 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / (config.warmup + 1))
         chosen = updates[step]
         batches = [chosen[at : at + config.batch_size] for at in range(0, len(chosen), config.batch_size)]
-        record = _accumulate(model, reference, train_pairs, train_reference, batches, config, device)
+        record = objective(model, reference, train_pairs, train_reference, batches, config, device)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not (math.isfinite(record["loss"]) and norm.isfinite()):
             raise UserError(
@@ -136,11 +136,19 @@ def evaluate(model, reference, pairs: list[TokenPair], log_probs, config: Config
         list(range(at, min(at + config.batch_size, len(pairs)))) for at in range(0, len(pairs), config.batch_size)
     ]
     with torch.no_grad():
-        return _accumulate(model, reference, pairs, log_probs, batches, config, device)
+        return objective(model, reference, pairs, log_probs, batches, config, device)
 
 
-def _accumulate(model, reference, pairs, log_probs, batches: list[list[int]], config, device) -> dict[str, float]:
-    """Objective over several batches as if they were one; gradients add up where they are enabled."""
+def objective(model, reference, pairs, log_probs, batches: list[list[int]], config, device) -> dict[str, float]:
+    """The training objective over several batches as if they were one; gradients add up where they are enabled.
+
+    Args:
+        reference: the reference model when the KL term needs it, else None.
+        log_probs: pair index -> the reference's summed log-probabilities (chosen, rejected); unused with `reference`.
+        batches: indices into `pairs`.
+
+    Returns: `loss`, `accuracy` (share of pairs whose chosen reward is the larger), `margin` of the rewards, `kl`.
+    """
     collated = [collate([pairs[i] for i in indices]) for indices in batches]
     n_pairs = sum(map(len, batches))
     # Means over the whole update, so that 4 batches of 1 pair give what 1 batch of 4 pairs gives.

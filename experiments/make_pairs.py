@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from lib.cli import default_scorer, options
+from lib.errors import UserError
 
 NEW_TOKENS = 24
 TOP_K = 50  # tokens that sampling chooses from
@@ -33,7 +34,6 @@ def main(model, revision, device, dtype, seed, batch_size, limit, scorer, prompt
     from rich.progress import track
 
     from lib import data
-    from lib.errors import UserError
     from lib.metrics import scorer as load_scorer
     from lib.models import load, resolve
 
@@ -45,7 +45,7 @@ def main(model, revision, device, dtype, seed, batch_size, limit, scorer, prompt
 
     settings = {"model": model, "samples": samples, "min_gap": min_gap, "seed": seed, "batch_size": batch_size}
     partial = Path(f"{out}.partial")
-    done = read_partial(partial, settings)
+    done = read_partial(partial, settings, overwrite)
     per_batch = max(1, batch_size // samples)
     with partial.open("a") as file:
         if not done:
@@ -59,6 +59,7 @@ def main(model, revision, device, dtype, seed, batch_size, limit, scorer, prompt
             done[start] = pairs
     found = [pair for start in sorted(done) for pair in done[start]]
     if not found:
+        partial.unlink()
         raise UserError(f"no prompt gave two continuations {min_gap} apart; lower --min-gap or raise --samples.")
     ready = Path(f"{out}.ready")
     ready.write_text("".join(json.dumps(pair) + "\n" for pair in found))
@@ -67,12 +68,14 @@ def main(model, revision, device, dtype, seed, batch_size, limit, scorer, prompt
     click.echo(f"{len(found)} pairs from {len(texts)} prompts -> {out} (raw text: holds profanity)")
 
 
-def read_partial(path: Path, settings: dict) -> dict[int, list]:
+def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, list]:
     """What a killed run with the same settings had finished: {first prompt of the batch: its pairs}."""
     if not path.exists():
         return {}
     lines = path.read_text().splitlines()
-    if not lines or json.loads(lines[0]) != settings:
+    if not lines or lines[0] != json.dumps(settings):
+        if not overwrite:
+            raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
         path.unlink()
         return {}
     done = {}

@@ -178,10 +178,9 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
         logits = model.output.logits  # [batch, positions, vocab]
         losses = nnsight.save(torch.zeros(len(ids), dtype=torch.float64))
         for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
-            loss = torch.nn.functional.cross_entropy(
-                logits[row, :-1].float(), ids[row, 1:].to(logits.device), reduction="none"
-            )
-            losses[row] = loss.double()[real[row, 1:].to(loss.device)].sum().cpu()
+            predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
+            loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
+            losses[row] = loss[real[row, 1:].cpu()].sum()
     return losses
 
 

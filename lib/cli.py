@@ -51,7 +51,7 @@ OPTIONS = {
         "--comments",
         default="embedded",
         show_default=True,
-        help="Labelled comments for the probe: embedded, or a file (Jigsaw's train.csv).",
+        help="Labelled comments for the probe: embedded, hub (Jigsaw) or a file (Jigsaw's train.csv).",
     ),
     "pairs": click.option(
         "--pairs", default="embedded", show_default=True, help="Preference pairs: embedded, or a JSON-lines file."

@@ -23,6 +23,7 @@ from lib.errors import UserError
 ASSETS = Path(__file__).parent / "assets"
 HUB = {  # data -> (repository, file)
     "prompts": ("allenai/real-toxicity-prompts", "prompts.jsonl"),
+    "comments": ("thesofakillers/jigsaw-toxic-comment-classification-challenge", "train.csv"),  # a mirror of Kaggle's
     "passages": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
 
@@ -60,7 +61,10 @@ def prompts(source: str = "embedded") -> Dataset:
 
 
 def comments(source: str = "embedded") -> Dataset:
-    """Labelled comments for the probe: `embedded` or a file (for Jigsaw: its train.csv). Items: (text, label)."""
+    """Labelled comments for the probe: `embedded`, `hub` (Jigsaw), or a file such as its train.csv.
+
+    Items: (text, label).
+    """
     data = _load("comments", source, _comment)
     for label in (0, 1):
         if (count := sum(item[1] == label for item in data.items)) < 2:

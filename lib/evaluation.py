@@ -130,7 +130,7 @@ def table(record: dict, title: str):
     for row in record["rows"]:
         edited = row["kind"] != "none"
         view.add_row(
-            {"none": "none (base model)", "dpo": "dpo (the model after DPO)"}.get(row["condition"], row["condition"]),
+            row["condition"],
             row["kind"] if edited else "-",
             f"{row['neurons']:,}" if edited else "-",
             _with_interval(row["toxicity"], 3),

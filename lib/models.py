@@ -128,7 +128,9 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
     """
     from nnsight import TransformersModel
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of single weights: the scripts show their own steps
     device = pick_device(device)
     try:
         model = TransformersModel(

@@ -43,26 +43,25 @@ def mean_activations(
     sizes = (2, n_layers(model), d_mlp(model))
     epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
     ends = torch.tensor(sorted(end_ids(model)))
+    place = "cpu" if model.device.type == "mps" else model.device  # where float64 is: Apple's GPUs have none
     total, count = torch.zeros(sizes, dtype=torch.float64), 0.0
     for batch in batches(model.tokenizer, prompts, batch_size, model.device):
         rows = len(batch["input_ids"])
         with model.generate(batch, remote=remote, **greedy(new_tokens)) as tracer:
-            sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64))
-            steps = nnsight.save(torch.zeros(1, dtype=torch.float64))
-            alive = torch.ones(rows, dtype=torch.float64)
+            sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
+            steps = nnsight.save(torch.zeros(1, dtype=torch.float64, device=place))
+            alive = torch.ones(rows, dtype=torch.float64, device=place)
             for _ in tracer.iter[:new_tokens]:
                 for layer in range(sizes[1]):
                     neurons = mlp_out(model, layer)
-                    m = neurons.input[:, -1].double()  # [rows, d_mlp]
-                    alive, sums = alive.to(m.device), sums.to(m.device)
+                    m = neurons.input[:, -1].to(place).double()  # [rows, d_mlp]
                     sums[0, layer] += alive @ m
                     if kind.post_norm:
-                        power = neurons.output[:, -1].double().square().mean(-1)  # [rows]
+                        power = neurons.output[:, -1].to(place).double().square().mean(-1)  # [rows]
                         sums[1, layer] += (alive * (power + epsilon).rsqrt()) @ m
-                steps += alive.sum().cpu()
-                token = model.lm_head.output[:, -1].argmax(-1)  # the greedy choice
-                alive = alive * ~torch.isin(token, ends.to(token.device))
-            nnsight.save(sums)
+                steps += alive.sum()
+                token = model.lm_head.output[:, -1].argmax(-1).to(place)  # the greedy choice
+                alive = alive * ~torch.isin(token, ends.to(place))
         total += sums.cpu()
         count += float(steps)
         yield Means(total[0] / count, (total[1] if kind.post_norm else total[0]) / count)
@@ -103,12 +102,12 @@ def value_projections(module, probe: Probe, through_norm: bool) -> tuple[torch.T
     """
     projections, cosines = [], []
     for layer in range(module.config.num_hidden_layers):
-        vectors = value_vectors(module, layer).double()  # [d_mlp, d_model]
+        vectors = value_vectors(module, layer).cpu().double()  # [d_mlp, d_model]
         if through_norm:
-            vectors = vectors * write_gain(module, layer).double()
-        product = vectors @ probe.unit.to(vectors.device)
-        projections.append(product.cpu())
-        cosines.append((product / vectors.norm(dim=-1).clamp(min=1e-30)).cpu())
+            vectors = vectors * write_gain(module, layer).cpu().double()
+        product = vectors @ probe.unit
+        projections.append(product)
+        cosines.append(product / vectors.norm(dim=-1).clamp(min=1e-30))
     return torch.stack(projections), torch.stack(cosines)
 
 

@@ -102,3 +102,13 @@ def test_passages_from_the_hub_are_parquet(tmp_path):
     with hub(tmp_path / "hub") as address:
         done = run("-c", "from lib import data; print(data.passages('hub').items)", **environment(address, tmp_path))
     assert done.stdout.strip() == r"[' = Title = \n', ' A passage . \n']", done.stderr
+
+
+def test_comments_from_the_hub(tmp_path):
+    folder = tmp_path / "hub" / "datasets" / "thesofakillers" / "jigsaw-toxic-comment-classification-challenge"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text('id,comment_text,toxic\n1,a,0\n2,"b\nc",1\n3,d,0\n4,e,1\n')
+    with hub(tmp_path / "hub") as address:
+        code = "from lib import data; print(data.comments('hub').items)"
+        done = run("-c", code, **environment(address, tmp_path))
+    assert done.stdout.strip() == r"[('a', 0), ('b\nc', 1), ('d', 0), ('e', 1)]", done.stderr

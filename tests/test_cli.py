@@ -1,0 +1,170 @@
+"""Bad input through the command line: one clear line, exit code 2, no traceback, nothing written."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import LAYERS, NEURONS, ROOT, WIDTH, run, texts, write_lines
+from safetensors.torch import load_file, save_file
+
+PATCH = "experiments/patch_four_groups.py"
+COMMANDS = [["experiments/train_probe.py"], [PATCH], ["experiments/make_pairs.py"], ["-m", "dpo"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[-1])
+def test_help_answers_at_once(command):
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = run(*command, "--help", cwd=ROOT)
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "--model" in done.stdout
+    assert min(times) < 1, times
+
+
+@pytest.fixture
+def inputs(tiny, tmp_path):
+    """A tiny base model, one `after DPO`, a probe, and short files: everything that patch_four_groups.py needs."""
+    save_file(
+        {"direction": torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))}, tmp_path / "probe.safetensors"
+    )
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in texts("prompts", "prompt")[:4]])
+    return {
+        "--model": tiny("llama"), "--post": tiny("llama", 1), "--probe": tmp_path / "probe.safetensors",
+        "--prompts": tmp_path / "prompts.jsonl", "--passages": "embedded", "--scorer": "profanity-check",
+        "--limit": 4, "--out": tmp_path / "out",
+    }  # fmt: skip
+
+
+def fails(command, says: str, cwd, *, changed: dict, cache=None):
+    """Run with the changed options and check the message; `cwd` must hold the same files afterwards."""
+    before = sorted(p for p in cwd.rglob("*") if p.is_file() and "cache" not in p.parts)
+    done = run(
+        *command, *(part for pair in changed.items() for part in pair), cwd=ROOT, DPO_NEURONS_CACHE=str(cwd / "cache")
+    )
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr and says in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert sorted(p for p in cwd.rglob("*") if p.is_file() and "cache" not in p.parts) == before
+    return done
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"--model": "gemma-9000"}, "known names: gemma-270m"),
+        ({"--model": "./no/such/folder"}, "no such folder"),
+        ({"--limit": 0}, "0 given, expected at least 1"),
+        ({"--batch-size": 0}, "0 given, expected at least 1"),
+        ({"--prompts": "missing.jsonl"}, "--prompts missing.jsonl: No such file"),
+        ({"--probe": "missing.safetensors"}, "no such file"),
+        ({"--scorer": "perspective"}, "known: profanity-check"),
+        ({"--post": "./missing"}, "--post ./missing: no such folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_options(inputs, tmp_path, changed, says):
+    fails([PATCH], says, tmp_path, changed={**inputs, **changed})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so asking for one is no error")
+def test_a_device_that_is_not_there(inputs, tmp_path):
+    fails([PATCH], "--device cuda: this machine has none", tmp_path, changed={**inputs, "--device": "cuda"})
+
+
+def test_an_output_folder_that_exists(inputs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    fails([PATCH], "add --overwrite", tmp_path, changed=inputs)
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "kind, content, says",
+    [
+        ("prompts", "", "holds no prompts"),
+        ("prompts", '{"prompt": "x"}\n{oops\n', "line 2: not a JSON object"),
+        ("comments", '{"text": "x", "label": 1}\n{"text": "y", "label": 0}\n', "a probe needs two of each"),
+        ("pairs", '{"prompt_text": "x", "unpert_gen_text": "", "pert_gen_text": "y"}\n', "line 1: 'unpert_gen_text'"),
+    ],
+)
+def test_bad_data_files(inputs, tmp_path, kind, content, says):
+    (tmp_path / "bad.jsonl").write_text(content)
+    changed = {key: value for key, value in inputs.items() if key not in {"--probe", "--post"}}
+    fails([PATCH], says, tmp_path, changed={**changed, f"--{kind}": tmp_path / "bad.jsonl"})
+
+
+def test_an_unsupported_family(inputs, tmp_path, tiny):
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(tiny("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
+    fails([PATCH], "supported: gpt2, llama, mistral", tmp_path, changed={**inputs, "--model": folder})
+    (folder / "config.json").write_text("{")
+    fails([PATCH], "config.json cannot be read", tmp_path, changed={**inputs, "--model": folder})
+
+
+@pytest.mark.parametrize(
+    "tensors, says",
+    [
+        ({"direction": torch.ones(WIDTH + 1)}, f"needs [{WIDTH}]; the probe belongs to another model"),
+        ({"weights": torch.ones(WIDTH)}, "holds no tensor `direction`"),
+        ({"direction": torch.full((WIDTH,), torch.nan)}, "NaN"),
+    ],
+)
+def test_bad_probes(inputs, tmp_path, tensors, says):
+    save_file(tensors, tmp_path / "bad.safetensors")
+    fails([PATCH], says, tmp_path, changed={**inputs, "--probe": tmp_path / "bad.safetensors"})
+
+
+def test_a_probe_that_is_no_safetensors_file(inputs, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"not a tensor in sight")
+    fails(
+        [PATCH],
+        "not a readable safetensors file",
+        tmp_path,
+        changed={**inputs, "--probe": tmp_path / "bad.safetensors"},
+    )
+
+
+def test_a_checkpoint_with_nan_and_one_of_another_shape(inputs, tmp_path, tiny):
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("llama", 1), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fails([PATCH], "down_proj.weight holds NaN", tmp_path, changed={**inputs, "--post": folder})
+    fails([PATCH], "model_type is gpt2", tmp_path, changed={**inputs, "--post": tiny("gpt2")})
+    (folder / "model.safetensors").write_bytes((tiny("llama") / "model.safetensors").read_bytes()[:5000])
+    fails([PATCH], "cannot be read", tmp_path, changed={**inputs, "--post": folder})
+
+
+def test_activations_of_another_model_s_shape(tmp_path):
+    from lib.errors import UserError
+    from lib.neurons import load_activations
+
+    save_file({"activation": torch.ones(LAYERS, NEURONS + 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="belongs to another model"):
+        load_activations(tmp_path / "a.safetensors", (LAYERS, NEURONS))
+    save_file({"activation": torch.full((LAYERS, NEURONS), torch.inf)}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        load_activations(tmp_path / "b.safetensors", (LAYERS, NEURONS))
+
+
+def test_a_scorer_whose_weights_cannot_be_fetched(inputs, tmp_path, monkeypatch):
+    """Detoxify fetches from GitHub: a proxy that refuses every connection stands for a machine without a network."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    fails([PATCH], "use --scorer profanity-check", tmp_path, changed={**inputs, "--scorer": "detoxify"})
+
+
+def test_dpo_and_probe_refuse_bad_input(tmp_path, tiny):
+    (tmp_path / "bad.jsonl").write_text('{"prompt_text": "x", "unpert_gen_text": "y"}\n')
+    fails(["-m", "dpo"], "'pert_gen_text' is missing", tmp_path, changed={"--pairs": tmp_path / "bad.jsonl"})
+    changed = {"--comments": tmp_path / "bad.jsonl", "--model": tiny("llama")}
+    fails(["experiments/train_probe.py"], "line 1: 'toxic' is None", tmp_path, changed=changed)

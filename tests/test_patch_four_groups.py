@@ -1,0 +1,117 @@
+"""The script as a whole, on tiny models: its record, and what a kill at any moment leaves of a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_cli import PATCH, inputs  # noqa: F401  a fixture
+
+KEPT = ("script", "model", "params", "rows", "groups", "group_shares", "percent_reducing", "percent_negative")
+
+
+def command(options: dict) -> list[str]:
+    return [PATCH, *(str(part) for pair in options.items() for part in pair)]
+
+
+def without_times(folder) -> dict:
+    record = json.loads((folder / "run.json").read_text())
+    del record["provenance"]["seconds"]
+    argv = record["provenance"]["argv"]
+    argv[argv.index("--out") + 1] = ""
+    return record
+
+
+@pytest.fixture
+def whole(inputs, tmp_path):  # noqa: F811
+    """An uninterrupted run, and its options."""
+    done = run(*command({**inputs, "--out": tmp_path / "whole"}), cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    return inputs, tmp_path / "whole", done
+
+
+def test_the_record(whole):
+    _, folder, done = whole
+    record = json.loads((folder / "run.json").read_text())
+    assert set(KEPT) < set(record)
+    conditions = [(row["condition"], row["kind"]) for row in record["rows"]]
+    sets = ["top256", "TP", "TP+AN", "TP+AN+TN", "four_groups", "increasing"]
+    assert conditions == [("none", "none"), ("dpo", "none"), *((s, k) for s in sets for k in ("clamp", "shift"))]
+    rows = dict(zip(conditions, record["rows"], strict=True))
+    assert rows["four_groups", "clamp"]["neurons"] == sum(record["groups"].values())
+    assert rows["none", "none"]["log_ppl"] == rows["none", "none"]["log_ppl_first"]
+    assert rows["dpo", "none"]["log_ppl"] != rows["none", "none"]["log_ppl"]
+    assert rows["four_groups", "clamp"]["log_ppl"] != rows["four_groups", "clamp"]["log_ppl_first"]
+    for row in record["rows"]:
+        assert row["toxicity"]["low"] <= row["toxicity"]["mean"] <= row["toxicity"]["high"]
+        assert row["log_ppl_change"]["mean"] == pytest.approx(row["log_ppl"] - rows["none", "none"]["log_ppl"])
+    lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    assert len(lines) == len(conditions) * 4
+    assert set(lines[0]) == {"condition", "kind", "prompt", "continuation", "toxicity"}
+    tensors = load_file(folder / "activations.safetensors")
+    assert {t.shape for t in tensors.values()} == {(3, 48)} and set(tensors) == {"pre", "post", "cosine", "delta"}
+    figures = sorted(p.name for p in (folder / "figures").iterdir())
+    assert figures == sorted(
+        [
+            "groups.png",
+            "cumulative_reduction.png",
+            "activation_shifts.png",
+            "reduction_by_layer.png",
+            "toxicity_perplexity.png",
+        ]
+    )
+    assert "four_groups" in done.stdout and "% of DPO's" in done.stdout
+    provenance = record["provenance"]
+    assert provenance["data"]["prompts"]["sha256"].startswith("sha256:") and provenance["settings"]["seed"] == 0
+    assert provenance["argv"][:2] == ["python", PATCH] and provenance["versions"]["torch"]
+    assert not (folder / "conditions").exists() and not folder.with_name("whole.partial").exists()
+
+
+@pytest.mark.parametrize("conditions", [0, 1, 5], ids="before-the-first between middle".split())
+def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions):
+    """SIGKILL when so many conditions are done, a moment into the next one."""
+    options, folder, _ = whole
+    out = tmp_path / "broken"
+    environment = {**os.environ, "DPO_NEURONS_CACHE": str(tmp_path / "cache")}
+    arguments = [sys.executable, *command({**options, "--out": out})]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    work = tmp_path / "broken.partial"
+    deadline = time.monotonic() + 120
+
+    def finished():
+        return len(list((work / "conditions").glob("*.json"))) if work.exists() else -1
+
+    while finished() < conditions and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and work.exists()
+    kept = {p: p.stat().st_mtime_ns for p in (work / "conditions").glob("*.json")}
+    assert len(kept) >= conditions
+    again = run(*arguments[1:], cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert again.returncode == 0, again.stderr
+    assert without_times(out) == without_times(folder)
+    assert (out / "generations.jsonl").read_text() == (folder / "generations.jsonl").read_text()
+
+
+def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):
+    """Out of the repository, in an empty folder, with another protocol: last position alone in generation."""
+    options, folder, _ = whole
+    (tmp_path / "elsewhere").mkdir()
+    copied = tmp_path / "elsewhere" / "my_patch.py"
+    copied.write_text((ROOT / PATCH).read_text())
+    arguments = command({**options, "--out": "mine", "--protocol": "faithful"})[1:]
+    done = run(copied, *arguments, cwd=tmp_path / "elsewhere", DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    faithful, sound = without_times(tmp_path / "elsewhere" / "mine"), without_times(folder)
+    assert {row["positions"] for row in faithful["rows"]} == {None, "last"}
+    assert faithful["rows"][2]["toxicity"] is not None and faithful["rows"] != sound["rows"]
+    assert faithful["rows"][0]["toxicity"] == sound["rows"][0]["toxicity"], "the unedited model is the same"
