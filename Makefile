@@ -8,7 +8,7 @@ demo: .venv/made
 	$(BIN)/python experiments/patch_four_groups.py --out runs/demo --overwrite
 
 test: .venv/made
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/made
 	$(BIN)/ruff check .

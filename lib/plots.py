@@ -9,6 +9,7 @@ from lib import paper
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLORS = {"TP": "#c0392b", "TN": "#2c5aa0", "AP": "#148f77", "AN": "#e08e0b"}  # Yang's: red, blue, teal, orange
 GROUP_NAMES = {"TP": "toxic, positive", "TN": "toxic, negative", "AP": "anti-toxic, positive", "AN": "anti-toxic, neg."}
@@ -59,7 +60,7 @@ def cumulative_reduction(delta: np.ndarray, masks: dict[str, np.ndarray], path: 
     axes.set_xlabel("neurons, ranked by reduction")
     axes.set_ylabel("cumulative reduction\nof toxic projection")
     axes.set_title("Cumulative reduction by group (cf. Yang et al. figure 2b)", fontsize=10)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -106,6 +107,7 @@ def reduction_by_layer(delta: np.ndarray, masks: dict[str, np.ndarray], path: Pa
         bottom += part
     axes.plot(delta.sum(1), "o-", color="black", ms=3, lw=1, label="net of all neurons")
     axes.axhline(0, color="0.5", lw=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("reduction of toxic projection")
     axes.set_title("Reduction by layer (cf. Yang et al. figure 8)", fontsize=10)
@@ -129,12 +131,29 @@ def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
             alpha=0.9, label=kind if kind not in named | {"none"} else None,
         )  # fmt: skip
         named.add(kind)
-        text = {"none": "base model", "dpo": "DPO"}.get(row["condition"], row["condition"].replace("_", " "))
-        axes.annotate(text, (row["log_ppl"], toxicity["mean"]), xytext=(6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("log-perplexity, every position edited (nats per token; lower is better)")
     axes.set_ylabel(f"toxicity ({scorer}), 95 % interval")
     axes.set_title("Toxicity against perplexity", fontsize=10)
     axes.legend(frameon=False, title="edit", fontsize=8)
     axes.grid(color="0.93")
+    axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()  # settles the axes' limits, which the labels' places depend on
+    taken = []
+    for row in rows:
+        text = {"none": "base model", "dpo": "DPO"}.get(row["condition"], row["condition"].replace("_", " "))
+        taken.append(_label(figure, axes, text, (row["log_ppl"], row["toxicity"]["mean"]), taken))
     _save(figure, path)
+
+
+def _label(figure, axes, text: str, point: tuple[float, float], taken: list):
+    """Write `text` beside a point where it covers no earlier label; returns the box that it takes, in pixels."""
+    for dy in (3, -8, 13, -18, 23, -28):
+        for dx, side in ((6, "left"), (-6, "right")):
+            label = axes.annotate(text, point, (dx, dy), textcoords="offset points", fontsize=7, ha=side)
+            box = label.get_window_extent(figure.canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                return box
+            label.remove()
+    axes.annotate(text, point, (6, 3), textcoords="offset points", fontsize=7)
+    return box

@@ -23,22 +23,24 @@ def test_help_answers_at_once(command):
     assert min(times) < 1, times
 
 
-@pytest.fixture
-def inputs(tiny, tmp_path):
-    """A tiny base model, one `after DPO`, a probe, and short files: everything that patch_four_groups.py needs."""
+@pytest.fixture(scope="module")
+def inputs(tiny, tmp_path_factory):
+    """Options for patch_four_groups.py: a tiny base model, one `after DPO`, a probe, and short files."""
+    folder = tmp_path_factory.mktemp("inputs")
     save_file(
-        {"direction": torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))}, tmp_path / "probe.safetensors"
+        {"direction": torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))}, folder / "probe.safetensors"
     )
-    write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in texts("prompts", "prompt")[:4]])
+    write_lines(folder / "prompts.jsonl", [{"prompt": p} for p in texts("prompts", "prompt")[:4]])
     return {
-        "--model": tiny("llama"), "--post": tiny("llama", 1), "--probe": tmp_path / "probe.safetensors",
-        "--prompts": tmp_path / "prompts.jsonl", "--passages": "embedded", "--scorer": "profanity-check",
-        "--limit": 4, "--out": tmp_path / "out",
+        "--model": tiny("llama"), "--post": tiny("llama", 1), "--probe": folder / "probe.safetensors",
+        "--prompts": folder / "prompts.jsonl", "--passages": "embedded", "--scorer": "profanity-check", "--limit": 4,
     }  # fmt: skip
 
 
 def fails(command, says: str, cwd, *, changed: dict, cache=None):
     """Run with the changed options and check the message; `cwd` must hold the same files afterwards."""
+    if command == [PATCH]:
+        changed = {"--out": cwd / "out", **changed}
     before = sorted(p for p in cwd.rglob("*") if p.is_file() and "cache" not in p.parts)
     done = run(
         *command, *(part for pair in changed.items() for part in pair), cwd=ROOT, DPO_NEURONS_CACHE=str(cwd / "cache")

@@ -27,16 +27,18 @@ def without_times(folder) -> dict:
     return record
 
 
-@pytest.fixture
-def whole(inputs, tmp_path):  # noqa: F811
-    """An uninterrupted run, and its options."""
-    done = run(*command({**inputs, "--out": tmp_path / "whole"}), cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):  # noqa: F811
+    """An uninterrupted run: its options, its folder, its process, and the cache that it filled."""
+    folder = tmp_path_factory.mktemp("whole")
+    cache = str(folder / "cache")
+    done = run(*command({**inputs, "--out": folder / "whole"}), cwd=ROOT, DPO_NEURONS_CACHE=cache)
     assert done.returncode == 0, done.stderr
-    return inputs, tmp_path / "whole", done
+    return inputs, folder / "whole", done, cache
 
 
 def test_the_record(whole):
-    _, folder, done = whole
+    _, folder, done, _ = whole
     record = json.loads((folder / "run.json").read_text())
     assert set(KEPT) < set(record)
     conditions = [(row["condition"], row["kind"]) for row in record["rows"]]
@@ -75,9 +77,9 @@ def test_the_record(whole):
 @pytest.mark.parametrize("conditions", [0, 1, 5], ids="before-the-first between middle".split())
 def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions):
     """SIGKILL when so many conditions are done, a moment into the next one."""
-    options, folder, _ = whole
+    options, folder, _, cache = whole
     out = tmp_path / "broken"
-    environment = {**os.environ, "DPO_NEURONS_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "DPO_NEURONS_CACHE": cache}
     arguments = [sys.executable, *command({**options, "--out": out})]
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -96,7 +98,7 @@ def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions)
     assert not out.exists() and work.exists()
     kept = {p: p.stat().st_mtime_ns for p in (work / "conditions").glob("*.json")}
     assert len(kept) >= conditions
-    again = run(*arguments[1:], cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    again = run(*arguments[1:], cwd=ROOT, DPO_NEURONS_CACHE=cache)
     assert again.returncode == 0, again.stderr
     assert without_times(out) == without_times(folder)
     assert (out / "generations.jsonl").read_text() == (folder / "generations.jsonl").read_text()
@@ -104,12 +106,12 @@ def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions)
 
 def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):
     """Out of the repository, in an empty folder, with another protocol: last position alone in generation."""
-    options, folder, _ = whole
+    options, folder, _, cache = whole
     (tmp_path / "elsewhere").mkdir()
     copied = tmp_path / "elsewhere" / "my_patch.py"
     copied.write_text((ROOT / PATCH).read_text())
     arguments = command({**options, "--out": "mine", "--protocol": "faithful"})[1:]
-    done = run(copied, *arguments, cwd=tmp_path / "elsewhere", DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    done = run(copied, *arguments, cwd=tmp_path / "elsewhere", DPO_NEURONS_CACHE=cache)
     assert done.returncode == 0, done.stderr
     faithful, sound = without_times(tmp_path / "elsewhere" / "mine"), without_times(folder)
     assert {row["positions"] for row in faithful["rows"]} == {None, "last"}

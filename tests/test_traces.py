@@ -236,7 +236,8 @@ def test_value_projections(family, traced, raw):
     probe = Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)), 0.0)
     unit = probe.direction.double() / probe.direction.double().norm()
     module = modules(raw, family)[2]
-    row = module.weight[7].double() if family == "gpt2" else module.weight[:, 7].double()
+    weight = module.weight.detach().double()
+    row = weight[7] if family == "gpt2" else weight[:, 7]
     projection, cosine = neurons.value_projections(traced(family)._module, probe, through_norm=False)
     assert projection[2, 7].item() == pytest.approx(float(row @ unit), rel=1e-6)
     assert cosine[2, 7].item() == pytest.approx(float(row @ unit / row.norm()), rel=1e-6)
