@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.config import PRESETS, Config, make_config
 from dpo.data import collate, order_of, response_logits, split, tokenize
-from dpo.loss import response_log_probs
-from dpo.train import train
+from dpo.loss import dpo_loss, response_log_probs
+from dpo.train import objective, prepare, train
 from lib.data import Pair
 from lib.errors import UserError
 
@@ -59,6 +59,27 @@ def test_batched_log_probs_equal_one_text_at_a_time(tiny, family):
             log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             expected = sum(log_probs[at - 1, ids[at]] for at in range(begin, len(ids)))
             assert found[row].item() == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama"])
+def test_gradients_equal_those_of_the_plain_computation(tiny, family):
+    """All logits, dense gradients: what `prepare` and the kept logits save changes no gradient (gpt2, gemma2: tied)."""
+    model, tokenizer = start(tiny, family)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (family != "llama")
+    tokens = tokenize(tokenizer, PAIRS[:3], 64, 64, append_eos=False)
+    log_probs = []
+    for ids, begin in [(p.chosen, p.chosen_start) for p in tokens] + [(p.rejected, p.rejected_start) for p in tokens]:
+        found = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        log_probs.append(sum(found[at - 1, ids[at]] for at in range(begin, len(ids))))
+    chosen, rejected = torch.stack(log_probs).chunk(2)
+    dpo_loss(chosen, rejected, torch.zeros(3), torch.ones(3), 0.1)[0].mean().backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    prepare(model)
+    objective(model, None, tokens, [(0.0, 1.0)] * 3, [[0, 1, 2]], QUICK, torch.device("cpu"))
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bos", [True, False])

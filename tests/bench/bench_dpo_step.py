@@ -27,7 +27,7 @@ def main(model, device, batch_size, rounds):
     from dpo.config import make_config
     from dpo.data import collate, tokenize
     from dpo.loss import dpo_loss, response_log_probs
-    from dpo.train import objective
+    from dpo.train import objective, prepare
     from lib import data
     from lib.models import pick_device, resolve
 
@@ -42,6 +42,7 @@ def main(model, device, batch_size, rounds):
     known = [(0.0, 0.0)] * len(tokens)  # what is computed once is not part of the step
 
     def naive(indices: list[int]) -> None:
+        policy.get_input_embeddings().sparse = False
         batch = collate([tokens[i] for i in indices]).to(device)
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention.long(), "position_ids": batch.positions}
         start = batch.ids.shape[1] - batch.targets.shape[1] - 1
@@ -55,6 +56,7 @@ def main(model, device, batch_size, rounds):
         dpo_loss(*log_probs(policy), *fixed, config.beta)[0].mean().backward()
 
     def ours(indices: list[int]) -> None:
+        prepare(policy)
         objective(policy, None, tokens, known, [indices], config, device)
 
     seconds = {"naive": [], "ours": []}
