@@ -40,6 +40,8 @@ def probe_file(options: dict) -> Path:
             raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
         return Path(given)
     script = Path(__file__).parents[1] / "experiments" / "train_probe.py"
+    if not script.is_file():
+        raise UserError(f"{script} is not there to train a probe; work in a checkout of dpo-neurons, or give --probe.")
     chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(options["seed"])]
     return run(str(script), *_common(options), *chosen) / "probe.safetensors"
 

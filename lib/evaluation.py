@@ -204,5 +204,5 @@ def wide_console():
     from rich.console import Console
 
     console = Console()
-    console.width = max(console.width, 116)
+    console.width = max(console.width, 126)
     return console

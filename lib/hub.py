@@ -1,6 +1,6 @@
 """Everything that talks to the Hugging Face Hub: pinned downloads, and its failures as one clear line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,17 +53,17 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def model_folder(repository: str, revision: str | None) -> tuple[Path, str]:
+def model_folder(repository: str, revision: str | None, check: Callable[[Path, str], object]) -> tuple[Path, str]:
     """Download a model's configuration, tokenizer and safetensors (or find them in the Hub cache).
 
-    Returns: the folder and the commit. Raises UserError; the family is checked before the weights are fetched.
+    `check` gets the folder with the configuration before any weight is fetched, and raises what is wrong with it.
+
+    Returns: the folder and the commit. Raises UserError.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    from lib.models import read_family
-
     with hub_errors(repository):
-        read_family(Path(hf_hub_download(repository, "config.json", revision=revision)).parent, repository)
+        check(Path(hf_hub_download(repository, "config.json", revision=revision)).parent, repository)
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=MODEL_FILES))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{repository}: the repository has no safetensors weights; choose a --revision that has.")

@@ -80,7 +80,7 @@ def resolve(name: str, revision: str | None = None, option: str = "--model") -> 
     elif name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from lib.hub import model_folder
 
-        folder, commit = model_folder(MODELS.get(name, name), revision)
+        folder, commit = model_folder(MODELS.get(name, name), revision, read_family)
         source = Source(name, str(folder), commit)
     else:
         known = ", ".join([*EMBEDDED, *MODELS])

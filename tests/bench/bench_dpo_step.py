@@ -28,7 +28,7 @@ def main(model, device, batch_size, rounds):
     from dpo.data import collate, tokenize
     from dpo.loss import dpo_loss, response_log_probs
     from dpo.train import objective, prepare
-    from lib import data
+    from lib import data, results
     from lib.models import pick_device, resolve
 
     device = pick_device(device)
@@ -75,7 +75,17 @@ def main(model, device, batch_size, rounds):
     medians = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
     ratio = statistics.median(o / n for o, n in zip(seconds["ours"], seconds["naive"], strict=True))
     shape = {"model": model, "device": device, "pairs": batch_size, "rounds": rounds}
-    click.echo(json.dumps({**shape, "seconds_per_step": medians, "ours_over_naive": round(ratio, 3)}, indent=1))
+    click.echo(
+        json.dumps(
+            {
+                **results.provenance(threads=torch.get_num_threads()),
+                **shape,
+                "seconds_per_step": medians,
+                "ours_over_naive": round(ratio, 3),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

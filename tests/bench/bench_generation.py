@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "patch_four_groups.py"
 def main(model, device, dtype, batch_size, rounds):
     import torch
 
-    from lib import data, interventions
+    from lib import data, interventions, results
     from lib.generation import NEW_TOKENS, batches, greedy
     from lib.models import d_mlp, load, mlp_out, n_layers, resolve
 
@@ -70,7 +70,17 @@ def main(model, device, dtype, batch_size, rounds):
     rates = {name: round(tokens / statistics.median(values), 1) for name, values in seconds.items()}
     ratio = statistics.median(r / n for r, n in zip(seconds["raw hooks"], seconds["nnsight"], strict=True))
     about = {"model": model, "batch_size": batch_size, "neurons_edited": edit.n_neurons, "rounds": rounds}
-    click.echo(json.dumps({**about, "tokens_per_second": rates, "nnsight_over_raw": round(ratio, 3)}, indent=1))
+    click.echo(
+        json.dumps(
+            {
+                **results.provenance(threads=torch.get_num_threads()),
+                **about,
+                "tokens_per_second": rates,
+                "nnsight_over_raw": round(ratio, 3),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":
