@@ -128,3 +128,8 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     """A JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that the other worker does the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("embedded") is None)
