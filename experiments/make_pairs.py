@@ -90,7 +90,9 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, list]
     return done
 
 
-def best_of_n(network, prompts: list[str], samples: int, min_gap: float, toxicity, seed: int) -> list[dict]:
+def best_of_n(
+    network, prompts: list[str], samples: int, min_gap: float, toxicity, seed: int, remote=False
+) -> list[dict]:
     """The least and the most toxic of `samples` continuations of each prompt, where they differ enough."""
     import torch
     from transformers import LogitsProcessorList
@@ -108,7 +110,9 @@ def best_of_n(network, prompts: list[str], samples: int, min_gap: float, toxicit
 
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     (batch,) = batches(network.tokenizer, repeated, len(repeated), network.device)
-    with network.generate(batch, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([gumbel_top_k])) as tracer:
+    with network.generate(
+        batch, remote=remote, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([gumbel_top_k])
+    ) as tracer:
         ids = tracer.result.save()
     texts = decode(network.tokenizer, until_end(ids[:, batch["input_ids"].shape[1] :], end_ids(network)))
     scores = toxicity(texts)

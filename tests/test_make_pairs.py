@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import ROOT, run, texts, write_lines
+from conftest import ROOT, load_script, run, texts, write_lines
 
 FIELDS = {"prompt_text", "unpert_gen_text", "pert_gen_text", "unpert_gen_toxicity", "pert_gen_toxicity"}
 
@@ -34,3 +34,14 @@ def test_pairs_and_a_broken_off_run(tiny, tmp_path):
     assert make(tiny, tmp_path, "again.jsonl", "--min-gap", 0).returncode == 2, "an existing file is not overwritten"
     none = make(tiny, tmp_path, "none.jsonl", "--min-gap", 1.1)
     assert none.returncode == 2 and "lower --min-gap" in none.stderr and not (tmp_path / "none.jsonl").exists()
+
+
+def test_the_trace_can_be_shipped(traced):
+    """nnsight's simulated server draws the same samples."""
+    from lib.metrics import scorer
+
+    best_of_n, score = load_script("make_pairs").best_of_n, scorer("profanity-check")
+    prompts = ["The river", "Music is"]
+    here = best_of_n(traced("llama"), prompts, 3, 0, score, seed=5)
+    assert best_of_n(traced("llama"), prompts, 3, 0, score, seed=5, remote="local") == here
+    assert best_of_n(traced("llama"), prompts, 3, 0, score, seed=6) != here
