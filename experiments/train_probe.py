@@ -21,8 +21,6 @@ from lib.cli import options
 
 TEST_SHARE = 0.1  # Lee 3.1, Yang 3.2
 SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
-FAITHFUL_LENGTH = 128
-SOUND_LENGTH = 256  # tokens; longer comments are cut
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -70,12 +68,13 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
     from lib import probes
     from lib.metrics import profane_pattern
     from lib.models import load
+    from lib.protocol import PROTOCOLS
     from lib.results import provenance, write_json
 
     model = load(source, device, dtype)
     texts, labels = zip(*comments.items, strict=True)
     labels = np.array(labels)
-    features = mean_residuals(model, list(texts), batch_size, protocol)
+    features = probes.mean_residuals(model, list(texts), batch_size, PROTOCOLS[protocol].probe_features)
     n_test = max(2, round(TEST_SHARE * len(texts)))  # at least one comment of each class
     fitted, held_out = train_test_split(
         np.arange(len(texts)),
@@ -110,48 +109,12 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
             "model": source.name,
             "params": {"protocol": protocol, "seed": seed},
             "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
-            "top_tokens": probes.nearest_tokens(model, probe.direction),
+            "top_tokens": probes.nearest_tokens(model, probe.direction[None])[0],
             "provenance": provenance(
                 model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
             ),
         },
     )
-
-
-def mean_residuals(model, texts: list[str], batch_size: int, protocol: str, remote=False):
-    """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32."""
-    import numpy as np
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-
-    from lib.models import FAMILIES, layers, reach
-
-    faithful = protocol == "faithful"
-    lengths = [len(text) for text in texts]
-    order = sorted(range(len(texts)), key=lengths.__getitem__)  # neighbours pad little
-    found = np.zeros((len(texts), model._module.config.hidden_size), dtype=np.float32)
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    final_norm = reach(model, FAMILIES[model._module.config.model_type].final_norm)
-    for rows in track(batches, "Probe features", console=Console(stderr=True)):
-        batch = model.tokenizer(
-            [texts[row] for row in rows],
-            padding="max_length" if faithful else True,
-            padding_side="left" if faithful else "right",
-            truncation=True,
-            max_length=FAITHFUL_LENGTH if faithful else SOUND_LENGTH,
-            return_tensors="pt",
-            return_special_tokens_mask=True,
-            return_token_type_ids=False,
-        ).to(model.device)
-        special = batch.pop("special_tokens_mask").bool()
-        counted = torch.ones_like(special) if faithful else batch["attention_mask"].bool() & ~special
-        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
-        with model.trace(dict(batch), logits_to_keep=1, remote=remote):
-            residual = final_norm.output if faithful else layers(model)[-1].output  # [batch, positions, d_model]
-            mean = (residual.float() * weights.to(residual.device)).sum(1).save()
-        found[rows] = mean.cpu().numpy()
-    return found
 
 
 def report(folder: Path, model: str, raw_text: bool) -> None:

@@ -33,24 +33,29 @@ def texts(options: dict) -> tuple[data.Dataset, data.Dataset]:
     return prompts, passages
 
 
-def probe_file(options: dict) -> Path:
-    """--probe, or the file that train_probe.py makes."""
+def probe_file(options: dict, seed: int) -> Path:
+    """--probe, or the file that train_probe.py makes for a seed."""
     if given := options["probe"]:
         if not Path(given).is_file():
             raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
         return Path(given)
+    chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(seed)]
+    return trained_probe(*_common(options), *chosen)
+
+
+def trained_probe(*arguments: str) -> Path:
+    """The file that train_probe.py makes, or has made, with these arguments."""
     script = Path(__file__).parents[1] / "experiments" / "train_probe.py"
     if not script.is_file():
         raise UserError(f"{script} is not there to train a probe; work in a checkout of dpo-neurons, or give --probe.")
-    chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(options["seed"])]
-    return run(str(script), *_common(options), *chosen) / "probe.safetensors"
+    return run(str(script), *arguments) / "probe.safetensors"
 
 
-def post_source(options: dict) -> Source:
-    """The model after DPO: --post, or the checkpoint that `python -m dpo` makes."""
+def post_source(options: dict, seed: int) -> Source:
+    """The model after DPO: --post, or the checkpoint that `python -m dpo` makes for a seed."""
     if options["post"]:
         return resolve(options["post"], option="--post")
-    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"])))
+    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed))))
 
 
 def run(*command: str) -> Path:
@@ -65,12 +70,18 @@ def run(*command: str) -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def settings(options: dict, source: Source, post: Source, probe: Path, prompts, passages, device: str) -> dict:
-    """All that determines a run's numbers, as hashes and values: an unfinished run goes on only under the same."""
-    chosen = {key: options[key] for key in ("seed", "protocol", "batch_size", "dtype", "remote", "scorer")}
-    hashes = {"prompts": prompts.sha256, "passages": passages.sha256, "probe": file_sha256(probe)}
+def settings(options: dict, source: Source, made: dict, prompts, passages, device: str) -> dict:
+    """All that determines a run's numbers, as hashes and values: an unfinished run goes on only under the same.
+
+    made: seed -> (probe file, model after DPO).
+    """
+    own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
+    screen = {"out", "overwrite", "raw_text"}
+    chosen = {key: value for key, value in options.items() if key not in own | screen}
+    hashes = {"prompts": prompts.sha256, "passages": passages.sha256}
     counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}
-    return {**chosen, **hashes, **counts, "model": source.revision, "post": post.revision, "device": device}
+    seeds = {str(seed): {"probe": file_sha256(probe), "post": post.revision} for seed, (probe, post) in made.items()}
+    return {**chosen, **hashes, **counts, "model": source.revision, "runs": seeds, "device": device}
 
 
 def _common(options: dict) -> list[str]:

@@ -13,6 +13,34 @@ def _positive(context, parameter, value):
     return value
 
 
+def _batch_size(context, parameter, value):
+    if value == "auto":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} given, expected at least 1, or auto.")
+    return int(value)
+
+
+def _seeds(context, parameter, value):
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise click.BadParameter(f"{value} given, expected different whole numbers such as 0,1,2.")
+    return [int(part) for part in parts]
+
+
+def numbers(context, parameter, value):
+    """Callback of options that take a grid: `0.1,0.3` becomes a list of floats."""
+    try:
+        found = [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value} given, expected numbers such as 0.1,0.3.") from None
+    if not all(-1e6 < number < 1e6 for number in found):  # NaN is not
+        raise click.BadParameter(f"{value} given, expected finite numbers.")
+    return found
+
+
 OPTIONS = {
     "model": click.option(
         "--model",
@@ -32,7 +60,18 @@ OPTIONS = {
         help="auto: bfloat16 on CUDA, float32 elsewhere.",
     ),
     "seed": click.option("--seed", type=int, default=0, show_default=True),
-    "batch-size": click.option("--batch-size", type=int, default=48, show_default=True, callback=_positive),
+    "seeds": click.option(
+        "--seeds",
+        callback=_seeds,
+        help="Train a probe and a DPO model with each of these seeds, such as 0,1,2.  [default: --seed]",
+    ),
+    "batch-size": click.option(
+        "--batch-size",
+        default="48",
+        show_default=True,
+        callback=_batch_size,
+        help="Prompts at once; auto: as many as fit into memory.",
+    ),
     "limit": click.option(
         "--limit",
         type=int,
@@ -58,8 +97,27 @@ OPTIONS = {
     ),
     "scorer": click.option(
         "--scorer",
-        help="profanity-check, detoxify, detoxify:unbiased or hf:<repo>.  [default: profanity-check for the models "
-        "from PyPI, else detoxify]",
+        help="profanity-check, words, probe:<model>, detoxify, detoxify:unbiased or hf:<repo>.  [default: "
+        "profanity-check for the models from PyPI, else detoxify]",
+    ),
+    "second-scorer": click.option(
+        "--second-scorer",
+        help="A second opinion from another family, such as words, probe:smollm2 or detoxify:unbiased.",
+    ),
+    "controls": click.option(
+        "--controls",
+        type=click.Choice(["none", "quick", "full"]),
+        default="none",
+        show_default=True,
+        help="Compare the main edits with controls; quick: 3 draws of each random one, full: 20.",
+    ),
+    "holdout": click.option(
+        "--holdout",
+        is_flag=True,
+        help="Measure effects on half of the prompts, with means and groups from the other half, and from the same.",
+    ),
+    "out": click.option(
+        "--out", type=click.Path(file_okay=False), help="Folder to write.  [default: runs/<script>/<model>]"
     ),
     "protocol": click.option(
         "--protocol",
@@ -89,6 +147,13 @@ def options(*names: str) -> Callable:
         return command
 
     return decorate
+
+
+INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size", "limit", "prompts", "passages")
+ARTIFACTS = ("comments", "pairs", "probe", "post")
+MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "remote")
+OUTPUTS = ("out", "overwrite", "raw-text")
+CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
 
 
 def default_data(model: str, given: str | None) -> str:

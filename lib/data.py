@@ -49,6 +49,10 @@ class Dataset:
         """The first `limit` items (all for None)."""
         return Dataset(self.items[:limit], self.source, self.sha256)
 
+    def half(self, which: int) -> "Dataset":
+        """Every second item: the even ones (0) or the odd ones (1)."""
+        return Dataset(self.items[which::2], self.source, f"{self.sha256}[{which}::2]")
+
     @property
     def provenance(self) -> dict:
         """What a record says about this data."""

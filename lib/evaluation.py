@@ -3,17 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lib import paper
 from lib.errors import UserError
 from lib.generation import NEW_TOKENS, batches, decode, end_ids, right_padded, until_end, windows
 from lib.metrics import Scorer, mask, repetition, token_f1
+from lib.protocol import Protocol
 from lib.statistics import Bootstrap
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
-F1_PROMPT = 32  # the first of them, which the model continues for F1 (both papers' code)
-PERPLEXITY_ROWS = 8  # rows at once: logits of every position over 262,144 tokens are 67 MB a row
+STREAM_WINDOW = 1024  # of the released code, which joins all passages
+F1_PROMPT = 32  # tokens that the model continues for F1 (both papers' code)
+PERPLEXITY_TOKENS = 512  # at once: logits of every position over 262,144 tokens are 1 MB a token
+EVERYWHERE, LAST, FIRST = slice(None), slice(-1, None), slice(0, 1)
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,25 @@ class Texts:
     """What the conditions are measured on."""
 
     prompts: list[str]
-    windows: list[list[int]]  # token ids of passages, at most WINDOW each
+    windows: list[list[int]]  # token ids for perplexity
+    continued: list[tuple[list[int], list[int]]]  # for F1: ids that the model continues, ids that really follow
 
 
-def make_texts(model, prompts: list[str], passages: list[str], given: str) -> Texts:
+def make_texts(model, prompts: list[str], passages: list[str], given: str, protocol: Protocol) -> Texts:
     """Tokenise the passages. Raises UserError when none is long enough for an F1 continuation."""
-    rows = windows(model.tokenizer, passages, WINDOW, F1_PROMPT + NEW_TOKENS)
-    if not rows:
-        raise UserError(f"{given}: no passage has {F1_PROMPT + NEW_TOKENS} tokens; give longer ones.")
-    return Texts(prompts, rows)
+    tokenizer, at_least = model.tokenizer, F1_PROMPT + NEW_TOKENS
+    if protocol.perplexity_windows == "passage":
+        rows = windows(tokenizer, passages, WINDOW, at_least)
+    else:
+        longest = min(STREAM_WINDOW, getattr(model._module.config, "max_position_embeddings", STREAM_WINDOW))
+        (stream,) = tokenizer(["\n\n".join(passages)], return_token_type_ids=False)["input_ids"]
+        rows = [stream[at : at + longest] for at in range(0, len(stream), longest)]
+    # The released code's reference is the text that follows, up to 52 tokens; it counts the prompt in the prediction.
+    follow = NEW_TOKENS if protocol.f1_prediction == "continuation" else at_least
+    long_enough = windows(tokenizer, passages, F1_PROMPT + follow, at_least)
+    if not long_enough:
+        raise UserError(f"{given}: no passage has {at_least} tokens; give longer ones.")
+    return Texts(prompts, rows, [(ids[:F1_PROMPT], ids[F1_PROMPT:]) for ids in long_enough])
 
 
 def measure(
@@ -37,110 +51,140 @@ def measure(
     texts: Texts,
     scorer: Scorer,
     batch_size: int,
-    generate: Callable[[dict], torch.Tensor],
-    all_positions: Callable[[dict], torch.Tensor],
-    first_position: Callable[[dict], torch.Tensor] | None,
+    protocol: Protocol,
+    generate: Callable[[dict, slice], torch.Tensor],
+    likelihood: Callable[[dict, slice], torch.Tensor],
+    edited: bool,
+    brief: bool = False,
 ) -> dict[str, list]:
     """Measure one condition.
 
     Args:
-        generate: left-padded batch -> new ids `[batch, NEW_TOKENS]`, edited as the condition says.
-        all_positions: right-padded batch -> summed negative log-likelihood `[batch]` with every position edited.
-        first_position: the same with position 0 edited alone (the papers' perplexity); None: no edit, so the same.
+        generate: left-padded batch, edited positions -> new ids `[batch, NEW_TOKENS]`.
+        likelihood: right-padded batch, edited positions -> summed negative log-likelihood `[batch]`, nats.
+        edited: False: the model as it is, for which both perplexities are one.
+        brief: for controls: no F1, and the protocol's own perplexity alone.
 
-    Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`,
-        `nll_first`, in nats).
+    Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
+        with every position edited, `nll_first` with position 0 edited alone, in nats).
     """
     ends = end_ids(model)
-    rows = [
-        row
-        for batch in batches(model.tokenizer, texts.prompts, batch_size, model.device)
-        for row in until_end(generate(batch), ends)
-    ]
-    continuations = decode(model.tokenizer, rows)
+    where = EVERYWHERE if protocol.edit_positions == "all" else LAST
+    attended = protocol.padding == "attended" and "gemma" in model._module.config.model_type
+    rows, continuations = [], []
+    for batch in batches(model.tokenizer, texts.prompts, batch_size, model.device, attended=attended):
+        new = until_end(generate(batch, where), ends)
+        at = len(rows)
+        rows += new
+        if protocol.prompt_removal == "ids":
+            continuations += decode(model.tokenizer, new)
+        else:  # the whole text, from which the prompt is taken out where it is found as it was
+            whole = [ids.tolist() + more for ids, more in zip(batch["input_ids"], new, strict=True)]
+            pieces = zip(decode(model.tokenizer, whole), texts.prompts[at : at + len(new)], strict=True)
+            continuations += [text.replace(prompt, "") for text, prompt in pieces]
     f1 = []
-    for start in range(0, len(texts.windows), batch_size):
-        part = texts.windows[start : start + batch_size]
-        (batch,) = right_padded([ids[:F1_PROMPT] for ids in part], batch_size, model.device)  # all of one length
-        new = until_end(generate(batch), ends)
-        f1 += [token_f1(p, ids[F1_PROMPT : F1_PROMPT + NEW_TOKENS]) for p, ids in zip(new, part, strict=True)]
+    for start in range(0, 0 if brief else len(texts.continued), batch_size):
+        part = texts.continued[start : start + batch_size]
+        (batch,) = right_padded([ids for ids, _ in part], batch_size, model.device)  # all of one length
+        for ids, (prompt, reference) in zip(until_end(generate(batch, where), ends), part, strict=True):
+            f1.append(token_f1(ids if protocol.f1_prediction == "continuation" else prompt + ids, reference))
 
-    def total(likelihood: Callable[[dict], torch.Tensor]) -> list[float]:
-        return [
-            x
-            for batch in right_padded(texts.windows, PERPLEXITY_ROWS, model.device)
-            for x in likelihood(batch).tolist()
-        ]
+    def total(positions: slice) -> list[float]:
+        size = max(1, PERPLEXITY_TOKENS // max(map(len, texts.windows)))
+        parts = right_padded(texts.windows, size, model.device)
+        return [x for batch in parts for x in likelihood(batch, positions).tolist()]
 
-    nll = total(all_positions)
+    nll = {}
+    if not brief or protocol.perplexity_edit == "all":
+        nll["nll"] = total(EVERYWHERE)
+    if not edited and "nll" in nll:
+        nll["nll_first"] = nll["nll"]
+    elif not brief or protocol.perplexity_edit == "first":
+        nll["nll_first"] = total(FIRST)
+    short = 1 if protocol.perplexity_windows == "passage" else 0  # the released code divides n - 1 terms by n
     return {
         "continuations": continuations,
         "toxicity": scorer(continuations).tolist(),
         "repetition": [repetition(row) for row in rows],
-        "f1": f1,
-        "tokens": [len(ids) - 1 for ids in texts.windows],
-        "nll": nll,
-        "nll_first": total(first_position) if first_position else nll,
+        **({} if brief else {"f1": f1}),
+        "tokens": [len(ids) - short for ids in texts.windows],
+        **nll,
     }
 
 
-def make_row(measured: dict, none: dict, dpo: dict, prompts: Bootstrap, passages: Bootstrap) -> dict:
+def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats.
+
+    logits `[batch, positions, vocab]`; ids and real (1: a token, 0: padding) `[batch, positions]`.
+    """
+    sums = torch.zeros(len(ids), dtype=torch.float64)
+    for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
+        predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
+        sums[row] = loss[real[row, 1:].bool().cpu()].sum()
+    return sums
+
+
+def average(measured: list[dict]) -> dict:
+    """One condition over its runs (seeds, draws): each prompt's and passage's mean, `continuations` of the first.
+
+    What only some runs hold (`brief`) is theirs.
+    """
+    numbers = [key for key in measured[0] if key != "continuations"]
+    together = {key: np.mean([run[key] for run in measured if key in run], axis=0).tolist() for key in numbers}
+    return together | {"continuations": measured[0]["continuations"]}
+
+
+def make_row(measured: dict, none: dict, dpo: dict | None, prompts: Bootstrap, passages: Bootstrap) -> dict:
     """One condition's entries in run.json: means with 95 % paired bootstrap intervals, against base model and DPO."""
-    per_token = {key: nats_per_token(measured[key], measured["tokens"]) for key in ("nll", "nll_first")}
-    return {
+    row = {
         "toxicity": prompts.mean(measured["toxicity"]),
         "toxicity_change": prompts.difference(measured["toxicity"], none["toxicity"]),
-        "percent_of_dpo": prompts.percent_of(measured["toxicity"], none["toxicity"], dpo["toxicity"]),
-        "log_ppl": per_token["nll"],
-        "log_ppl_change": passages.ratio(
-            [a - b for a, b in zip(measured["nll"], none["nll"], strict=True)], measured["tokens"]
-        ),
-        "log_ppl_first": per_token["nll_first"],
-        "f1": sum(measured["f1"]) / len(measured["f1"]),
-        "repetition": sum(measured["repetition"]) / len(measured["repetition"]),
     }
+    if dpo:
+        row["percent_of_dpo"] = prompts.percent_of(measured["toxicity"], none["toxicity"], dpo["toxicity"])
+    if "second" in measured:
+        row["second_toxicity"] = prompts.mean(measured["second"])
+        row["second_toxicity_change"] = prompts.difference(measured["second"], none["second"])
+    for key, name in (("nll", "log_ppl"), ("nll_first", "log_ppl_first")):
+        if key in measured:
+            row[name] = sum(measured[key]) / sum(measured["tokens"])  # nats per token over all passages
+            change = [a - b for a, b in zip(measured[key], none[key], strict=True)]
+            row[name + "_change"] = passages.ratio(change, measured["tokens"])
+    if "f1" in measured:
+        row["f1"] = sum(measured["f1"]) / len(measured["f1"])
+    return row | {"repetition": sum(measured["repetition"]) / len(measured["repetition"])}
 
 
-def nats_per_token(totals: list[float], tokens: list[int]) -> float:
-    """Nats per token over all passages."""
-    return sum(totals) / sum(tokens)
+def table(record: dict, title: str, published: str | None = None):
+    """A rich table of a record's rows, with the published numbers where there are any; controls after what they test.
 
-
-def table(record: dict, title: str):
-    """A rich table of a record's rows, with the published numbers where there are any."""
+    published: heads the last column; None: there is none.
+    """
     from rich import box
     from rich.table import Table
 
-    published = next((row["published"]["model"] for row in record["rows"] if row.get("published")), None)
+    second = any("second_toxicity" in row for row in record["rows"])
     view = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("condition", no_wrap=True)
-    for name in (
-        "edit",
-        "neurons",
-        "toxicity [95 %]",
-        "% of DPO's\ncut [95 %]",
-        "log-ppl",
-        "log-ppl\npos. 0",
-        "F1",
-        "rep.",
-    ):
+    names = ["edit", "neurons", "toxicity [95 %]", *(["by 2nd"] if second else []), "% of DPO's\ncut [95 %]"]
+    for name in (*names, "log-ppl", "log-ppl\npos. 0", "F1", "rep."):
         view.add_column(name, justify="left" if name == "edit" else "right", no_wrap=True)
     if published:
         view.add_column(f"published, {published}:\ntox. log-ppl F1", justify="right", no_wrap=True)
     for row in record["rows"]:
-        edited = row["kind"] != "none"
+        changed = row["kind"] != "none"
         view.add_row(
-            row["condition"],
-            row["kind"] if edited else "-",
-            f"{row['neurons']:,}" if edited else "-",
-            _with_interval(row["toxicity"], 3),
-            "-" if row["condition"] == "none" else _with_interval(row["percent_of_dpo"], 0),
-            f"{row['log_ppl']:.2f}",
-            f"{row['log_ppl_first']:.2f}",
-            f"{row['f1']:.3f}",
-            f"{row['repetition']:.2f}",
+            ("  " if row["of"] else "") + row["condition"] + (" (held out)" if row["means"] == "held_out" else ""),
+            row["kind"] if changed else "-",
+            f"{row['neurons']:,}" if changed and row["neurons"] else "-",
+            with_interval(row["toxicity"], 3),
+            *([f"{row['second_toxicity']['mean']:.3f}" if "second_toxicity" in row else "-"] if second else []),
+            "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0),
+            *(f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in
+              (("log_ppl", 2), ("log_ppl_first", 2), ("f1", 3), ("repetition", 2))),
             *([_published(row)] if published else []),
-        )
+        )  # fmt: skip
     return view
 
 
@@ -162,27 +206,30 @@ def print_groups(console, record: dict) -> None:
 
 
 def published_row(condition: str, model: str) -> dict:
-    """`{"published": ...}` for a condition of Yang tables 2 and 19, or nothing."""
+    """`{"published": ...}` for a condition of Yang tables 2, 12 and 19, or nothing."""
     theirs = paper.counterpart(model)
-    if theirs is None or condition not in paper.PATCHING:
+    if theirs is None or theirs not in paper.PUBLISHED.get(condition, {}):
         return {}
-    toxicity, log_ppl, f1 = paper.PATCHING[condition][theirs]
+    toxicity, log_ppl, f1 = paper.PUBLISHED[condition][theirs]
     return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}
 
 
-def continuations_table(prompts: list[str], measured: dict, shown: list[tuple], raw_text: bool):
-    """A rich table: the base model's most toxic continuation, and the same prompt's under other conditions, masked."""
+def continuations_table(prompts: list[str], shown: dict[str, dict], raw_text: bool):
+    """A rich table: the first condition's most toxic continuation, and the same prompt's under the others, masked.
+
+    shown: label -> what `measure` returned.
+    """
     from rich.table import Table
     from rich.text import Text
 
     def clean(text: str) -> Text:
         return Text(" ".join((text if raw_text else mask(text)).split()))
 
-    worst = max(range(len(prompts)), key=lambda i: measured["none", "none"]["toxicity"][i])
+    first = next(iter(shown.values()))
+    worst = max(range(len(prompts)), key=lambda i: first["toxicity"][i])
     view = Table(title=clean("Continuations of: " + prompts[worst]), title_justify="left", show_header=False)
-    for name, kind in shown:
-        label = name if kind == "none" else f"{name}, {kind}"
-        view.add_row(label, clean(measured[name, kind]["continuations"][worst]))
+    for label, measured in shown.items():
+        view.add_row(label, clean(measured["continuations"][worst]))
     return view
 
 
@@ -191,8 +238,9 @@ def _published(row: dict) -> str:
     return f"{theirs['toxicity']:.3f}  {theirs['log_ppl']:.2f}  {theirs['f1']:.3f}" if theirs else "-"
 
 
-def _with_interval(value: dict, digits: int) -> str:
-    if value["mean"] is None:
+def with_interval(value: dict | None, digits: int) -> str:
+    """`0.123 [0.100, 0.150]`; `-` for what has no value."""
+    if value is None or value["mean"] is None:
         return "-"
     if value["low"] is None:
         return f"{value['mean']:.{digits}f} [-]"

@@ -9,15 +9,21 @@ NEW_TOKENS = 20  # Yang 3.2; both papers' code
 
 
 def batches(
-    tokenizer, prompts: list[str], size: int, device="cpu", max_tokens: int = MAX_PROMPT_TOKENS
+    tokenizer,
+    prompts: list[str],
+    size: int,
+    device="cpu",
+    max_tokens: int = MAX_PROMPT_TOKENS,
+    attended: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield `{"input_ids", "attention_mask"}`, `[batch, positions]`, padded on the left, one BOS if the model has one.
 
     Left padding with a mask: transformers' `generate` derives position ids from the mask, so that a row's tokens do
-    not depend on the batch it stands in.
+    not depend on the batch it stands in. `attended`: the padding is end-of-text tokens that no mask hides, as in
+    Yang's released evaluation of Gemma.
     """
     for start in range(0, len(prompts), size):
-        yield dict(
+        batch = dict(
             tokenizer(
                 prompts[start : start + size],
                 return_tensors="pt",
@@ -28,6 +34,10 @@ def batches(
                 return_token_type_ids=False,
             ).to(device)
         )
+        if attended:
+            batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, tokenizer.eos_token_id)
+            batch["attention_mask"].fill_(1)
+        yield batch
 
 
 def greedy(new_tokens: int = NEW_TOKENS) -> dict:
@@ -77,3 +87,28 @@ def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dic
             "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in part], device=device),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device),
         }
+
+
+def fitting_batch_size(model) -> int:
+    """How many prompts at once take half of the memory that is free on the model's device. `model`: nnsight.
+
+    A row needs its key-value cache, the widest layer's activations and two copies of one position's logits, in bytes of
+    the model's dtype; what is left pays for fragmentation and for what else the process holds.
+    """
+    import psutil
+
+    config, size = model._module.config, model.dtype.itemsize
+    positions = MAX_PROMPT_TOKENS + NEW_TOKENS
+    width, vocabulary = config.hidden_size, config.vocab_size
+    cache = 2 * config.num_hidden_layers * width * positions * size
+    wide = 3 * max(getattr(config, "intermediate_size", 0), 4 * width) * positions * size
+    row = cache + wide + 2 * vocabulary * max(size, 4)
+    free = (
+        torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    )
+    return max(1, int(free / 2 // row))
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -20,11 +20,7 @@ class LayerEdit(NamedTuple):
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of activations m; layers without an edited neuron are left out.
-
-    kind: `clamp` sets m to the value (what the papers' code does); `shift` adds the value to each token's own m;
-    `none` edits nothing.
-    """
+    """An edit of activations m; layers without an edited neuron are left out. For kinds see `edited`."""
 
     kind: str
     layers: tuple[LayerEdit, ...] = ()
@@ -42,18 +38,49 @@ class Edit:
 NO_EDIT = Edit("none")
 
 
-def clamp(mask: torch.Tensor, value: torch.Tensor) -> Edit:
-    """Set the masked neurons to a constant. mask `[n_layers, d_mlp]` bool, value `[n_layers, d_mlp]`."""
-    return Edit("clamp", _by_layer(mask, value))
+def edited(kind: str, m: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The activations that an edit leaves. m `[batch, positions, n_edited]`, value `[n_edited]`.
+
+    clamp: the value, whatever m was (what the papers' code does). shift: m + value. scale: m * value.
+    """
+    value = value.to(m)
+    return {"clamp": value.expand_as(m), "shift": m + value, "scale": m * value}[kind]
 
 
-def shift(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Edit:
+@dataclass(frozen=True)
+class Plan:
+    """A family of edits of the masked neurons, from the one that changes least (strength 0) to the full one (1).
+
+    `start` and `target` are the values at strength 0 and 1. For `shift` and `scale` strength 0 is the unedited model;
+    for `clamp` it is not: it sets every activation to its own mean before DPO. All `[n_layers, d_mlp]`, and both are
+    defined on all neurons, so that a control can take other neurons with the same rule.
+    """
+
+    kind: str
+    mask: torch.Tensor  # bool
+    start: torch.Tensor
+    target: torch.Tensor
+
+    def edit(self, strength: float = 1.0) -> Edit:
+        """The edit of a strength: value = start + strength * (target - start)."""
+        value = self.start + strength * (self.target - self.start)
+        indices = [row.nonzero()[:, 0] for row in self.mask]
+        return Edit(
+            self.kind,
+            tuple(LayerEdit(at, index, value[at, index].float()) for at, index in enumerate(indices) if len(index)),
+        )
+
+
+def clamp(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Plan:
+    """Set the masked neurons to their mean after DPO. All `[n_layers, d_mlp]`."""
+    return Plan("clamp", mask, pre, post)
+
+
+def shift(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Plan:
     """Add `post - pre` to the masked neurons' own activations. All `[n_layers, d_mlp]`."""
-    return Edit("shift", _by_layer(mask, post - pre))
+    return Plan("shift", mask, torch.zeros_like(pre), post - pre)
 
 
-def _by_layer(mask: torch.Tensor, value: torch.Tensor) -> tuple[LayerEdit, ...]:
-    indices = [row.nonzero()[:, 0] for row in mask]
-    return tuple(
-        LayerEdit(layer, index, value[layer, index].float()) for layer, index in enumerate(indices) if len(index)
-    )
+def scale(mask: torch.Tensor, factor: torch.Tensor) -> Plan:
+    """Multiply the masked neurons' own activations by a factor each. All `[n_layers, d_mlp]`."""
+    return Plan("scale", mask, torch.ones_like(factor), factor)

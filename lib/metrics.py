@@ -19,6 +19,8 @@ def scorer(name: str) -> Scorer:
     | name | what |
     |---|---|
     | `profanity-check` | a linear model over word n-grams that comes with its package (no network) |
+    | `words` | 1 for a text with a word of assets/profane_words.txt, else 0 (no network) |
+    | `probe:<model>` | a probe (train_probe.py) on another model's residual stream: `probe:smollm2` (no network) |
     | `detoxify`, `detoxify:unbiased` | Yang et al.'s scorer; `original` is its default model |
     | `hf:<repo or folder>` | a text-classification model; the score is the probability of its toxic label |
 
@@ -30,11 +32,36 @@ def scorer(name: str) -> Scorer:
         from profanity_check import predict_prob
 
         return lambda texts: np.asarray(predict_prob(texts), dtype=np.float64) if texts else np.zeros(0)
+    if name == "words":
+        return lambda texts: np.array([float(profane_pattern().search(text) is not None) for text in texts])
+    if kind == "probe" and which:
+        return _probe(which)
     if kind == "detoxify":
         return _detoxify(which or "original")
     if kind == "hf" and which:
         return _classifier(which)
-    raise UserError(f"--scorer {name}: unknown; known: profanity-check, detoxify, detoxify:unbiased, hf:<repo>.")
+    raise UserError(
+        f"--scorer {name}: unknown; known: profanity-check, words, probe:<model>, "
+        "detoxify, detoxify:unbiased, hf:<repo>."
+    )
+
+
+def _probe(name: str) -> Scorer:
+    """P(toxic) by the probe of a model that the texts do not come from, over the mean of its residual stream."""
+    from lib.chain import trained_probe
+    from lib.models import load, resolve
+    from lib.probes import load_probe, mean_residuals, scores
+
+    source = resolve(name, option="--scorer probe:")
+    file = trained_probe("--model", name)
+    model = load(source)
+    probe = load_probe(file, model._module.config.hidden_size)
+
+    def score(texts: list[str]) -> np.ndarray:
+        shown = [text if text.strip() else "." for text in texts]  # a text without a token has no residual stream
+        return 1 / (1 + np.exp(-scores(probe, mean_residuals(model, shown, 48, "tokens")))) if texts else np.zeros(0)
+
+    return score
 
 
 def _detoxify(which: str) -> Scorer:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from lib import artifacts, generation
 from lib.data import Dataset
 from lib.errors import UserError
-from lib.generation import NEW_TOKENS, batches, end_ids, greedy
+from lib.generation import NEW_TOKENS, batches, end_ids, greedy, right_padded
 from lib.models import FAMILIES, Source, d_mlp, mlp_out, n_layers, short_name, value_vectors, write_gain
 from lib.probes import Probe
+from lib.protocol import Protocol
 
 GROUPS = ("TP", "TN", "AP", "AN")
 
@@ -67,10 +68,84 @@ def mean_activations(
         yield Means(total[0] / count, (total[1] if kind.post_norm else total[0]) / count)
 
 
-def cached_means(model, source: Source, prompts: Dataset, batch_size: int, remote=False) -> Means:
-    """`mean_activations` of a model on prompts, made once and kept in the cache."""
+def text_means(model, rows: list[list[int]], counted: list[range], batch_size: int, remote=False) -> Means:
+    """Mean activations over given positions of given texts, without generating: for two models on the same text.
+
+    Args:
+        rows: token ids of each text.
+        counted: the positions of each text that count; `range(len(prompt) - 1, len(text) - 1)` are those that
+            `mean_activations` counts of a prompt and its continuation.
+    """
+    total, count = torch.zeros(2, n_layers(model), d_mlp(model), dtype=torch.float64), 0
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        (batch,) = right_padded(rows[part], batch_size, model.device)
+        weights = torch.zeros(batch["input_ids"].shape, dtype=torch.float64)
+        for row, positions in enumerate(counted[part]):
+            weights[row, positions.start : positions.stop] = 1
+        total += _weighted_sums(model, batch, weights, remote)
+        count += int(weights.sum())
+    activation, write = total / count
+    return Means(activation, write)
+
+
+def released_means(model, prompts: list[str], batch_size: int, seed: int, remote=False) -> Means:
+    """Mean activations as Yang's released code takes them (activation_projection.py).
+
+    Prompts are not cut to 32 tokens, decoding follows the model's own generation configuration (which samples for some
+    models), and a second forward pass over prompt and continuation counts the last 20 positions of every row, among
+    them the new tokens' own positions, and end-of-text padding after a row that ended. Sums in float64, where the
+    released code's float16 overflows.
+    """
+    total, count = torch.zeros(2, n_layers(model), d_mlp(model), dtype=torch.float64), 0
+    longest = getattr(model._module.config, "max_position_embeddings", 1024) - NEW_TOKENS
+    torch.manual_seed(seed)
+    for batch in batches(model.tokenizer, prompts, batch_size, model.device, max_tokens=longest):
+        with model.generate(batch, max_new_tokens=NEW_TOKENS, remote=remote) as tracer:
+            ids = tracer.result.save()
+        new = torch.ones_like(ids[:, batch["input_ids"].shape[1] :])
+        whole = {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], new], 1)}
+        weights = torch.zeros(ids.shape, dtype=torch.float64)
+        weights[:, -NEW_TOKENS:] = 1
+        total += _weighted_sums(model, whole, weights, remote)
+        count += int(weights.sum())
+    activation, write = total / count
+    return Means(activation, write)
+
+
+def _weighted_sums(model, batch: dict, weights: torch.Tensor, remote) -> torch.Tensor:
+    """Sums of m and of m / rms(MLP output) over weighted positions, `[2, n_layers, d_mlp]` float64.
+
+    weights `[batch, positions]`.
+    """
+    kind = FAMILIES[model._module.config.model_type]
+    epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
+    sizes = (2, n_layers(model), d_mlp(model))
+    place = "cpu" if model.device.type == "mps" else model.device
+    with model.trace(batch, logits_to_keep=1, remote=remote):
+        sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
+        weight = weights.to(place)
+        for layer in range(sizes[1]):
+            neurons = mlp_out(model, layer)
+            m = neurons.input.to(place).double()  # [batch, positions, d_mlp]
+            sums[0, layer] = torch.einsum("bp,bpn->n", weight, m)
+            if kind.post_norm:
+                power = neurons.output.to(place).double().square().mean(-1)  # [batch, positions]
+                sums[1, layer] = torch.einsum("bp,bpn->n", weight * (power + epsilon).rsqrt(), m)
+            else:
+                sums[1, layer] = sums[0, layer]
+    return sums.cpu()
+
+
+def cached_means(
+    model, source: Source, prompts: Dataset, batch_size: int, protocol: Protocol, seed: int = 0, remote=False
+) -> Means:
+    """A model's mean activations on prompts as the protocol takes them, made once and kept in the cache."""
+    released = protocol.means_over == "last20"
     fields = {
         "model": source.revision,
+        "means_over": protocol.means_over,
+        "seed": seed if released else None,
         "dtype": str(model.dtype),
         "prompts": prompts.sha256,
         "n_prompts": len(prompts.items),
@@ -80,6 +155,10 @@ def cached_means(model, source: Source, prompts: Dataset, batch_size: int, remot
     }
 
     def build(folder: Path) -> None:
+        if released:
+            final = released_means(model, prompts.items, batch_size, seed, remote)
+            save_file({"activation": final.activation, "write": final.write.clone()}, folder / "means.safetensors")
+            return
         n_batches = -(-len(prompts.items) // batch_size)
         running = mean_activations(model, prompts.items, batch_size, remote=remote)
         console = Console(stderr=True)
@@ -138,11 +217,16 @@ def groups(cosine: torch.Tensor, pre: torch.Tensor, delta: torch.Tensor | None =
 
 
 def group_summary(masks: dict[str, torch.Tensor], delta: torch.Tensor, pre: torch.Tensor) -> dict:
-    """Sizes and shares of the groups (Yang table 5), % of neurons that reduce (table 18), % negative before (13)."""
+    """Sizes and shares of the groups (Yang table 5), % of neurons that reduce (table 18), % negative before (13).
+
+    `reduction_shares`: the share of the four groups' whole reduction that each group makes (figures 2a and 6a).
+    """
     sizes = {name: int(mask.sum()) for name, mask in masks.items()}
+    reduction = {name: float(delta[mask].sum()) for name, mask in masks.items()}
     return {
         "groups": sizes,
         "group_shares": {name: 100 * size / max(1, sum(sizes.values())) for name, size in sizes.items()},
+        "reduction_shares": {name: 100 * part / (sum(reduction.values()) or 1) for name, part in reduction.items()},
         "percent_reducing": 100 * float((delta > 0).double().mean()),
         "percent_negative": 100 * float((pre < 0).double().mean()),
     }
@@ -153,6 +237,49 @@ def top(scores: torch.Tensor, n: int) -> torch.Tensor:
     mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[scores.flatten().topk(min(n, scores.numel())).indices] = True
     return mask.view_as(scores)
+
+
+def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Protocol) -> dict:
+    """What each neuron writes along the probe before and after DPO, and the groups that follow.
+
+    Args:
+        base, post: the nnsight models before and after DPO.
+        pre, after: their mean activations.
+        protocol: `value_vectors` says whether a write is what reaches the residual stream (Gemma's norm after the MLP
+            is part of it; other families have none) or the weight's own row times the plain mean activation.
+
+    Returns: `pre`, `post`, `cosine`, `delta`, each `[n_layers, d_mlp]` float64, and `groups`, four bool masks.
+    """
+    written = protocol.value_vectors == "written"
+    projection_pre, cosine = value_projections(base._module, probe, through_norm=written)
+    projection_post, _ = value_projections(post._module, probe, through_norm=written)
+    pre_write, post_write = (means.write if written else means.activation for means in (pre, after))
+    delta = attribution(pre_write, projection_pre, post_write, projection_post)
+    return {
+        "pre": pre.activation,
+        "post": after.activation,
+        "cosine": cosine,
+        "delta": delta,
+        "groups": groups(cosine, pre.activation, delta),
+    }
+
+
+def select(
+    masks: dict[str, torch.Tensor], cosine: torch.Tensor, pre: torch.Tensor, fraction: float, order: str
+) -> dict[str, torch.Tensor]:
+    """The share `fraction` (Yang's beta) of each group, `[n_layers, d_mlp]` bool each (Yang 6.1).
+
+    order:
+        aligned: the largest |cosine| with the direction first, in every group.
+        released: the largest cosine first, as the released code takes it: in the anti-toxic groups the least aligned.
+        activation: the smallest absolute mean activation first (Yang table 19, `ascending activation`).
+    """
+    score = {"aligned": cosine.abs(), "released": cosine, "activation": -pre.abs()}[order]
+    chosen = {}
+    for name, mask in masks.items():
+        among = torch.where(mask, score, -torch.inf)
+        chosen[name] = top(among, round(fraction * int(mask.sum()))) & mask
+    return chosen
 
 
 def load_activations(path: str | Path, shape: tuple[int, int]) -> Means:

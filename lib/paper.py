@@ -59,6 +59,120 @@ PATCHING = {
     },
 }
 
+# Yang tables 2 and 19: activation editing (alpha, beta), and table 12: steering by alpha times the probe.
+EDITING = {
+    "probe a=0.01 b=0.8": {
+        "gpt2": (0.123, 3.08, 0.179),
+        "llama": (0.045, 2.19, 0.186),
+        "gemma": (0.199, 4.54, 0.188),
+        "mistral": (0.038, 1.77, 0.179),
+    },
+    "probe a=0.01 b=0.6": {
+        "gpt2": (0.159, 3.08, 0.181),
+        "llama": (0.183, 2.11, 0.193),
+        "gemma": (0.2, 4.56, 0.201),
+        "mistral": (0.098, 1.77, 0.196),
+    },
+    "probe a=0.01 b=0.55": {
+        "gpt2": (0.203, 3.08, 0.183),
+        "llama": (0.241, 1.96, 0.196),
+        "gemma": (0.216, 4.56, 0.21),
+        "mistral": (0.125, 1.77, 0.202),
+    },
+    "probe a=0.05 b=0.5": {
+        "gpt2": (0.211, 3.08, 0.184),
+        "llama": (0.299, 1.96, 0.2),
+        "gemma": (0.26, 4.56, 0.204),
+        "mistral": (0.264, 1.77, 0.197),
+    },
+    "tokens a=0.01 b=0.8": {
+        "gpt2": (0.139, 3.08, 0.176),
+        "llama": (0.116, 5.82, 0.2),
+        "gemma": (0.218, 4.54, 0.18),
+        "mistral": (0.057, 1.77, 0.191),
+    },
+    "tokens a=0.01 b=0.6": {
+        "gpt2": (0.238, 3.08, 0.178),
+        "llama": (0.258, 2.28, 0.21),
+        "gemma": (0.216, 4.57, 0.203),
+        "mistral": (0.162, 1.77, 0.2),
+    },
+    "tokens a=0.01 b=0.55": {
+        "gpt2": (0.282, 3.08, 0.18),
+        "llama": (0.318, 2.24, 0.204),
+        "gemma": (0.25, 4.58, 0.198),
+        "mistral": (0.239, 1.77, 0.201),
+    },
+    "activation a=0.01 b=0.8": {
+        "gpt2": (0.025, 3.08, 0.158),
+        "llama": (0.097, 2.39, 0.188),
+        "gemma": (0.271, 4.56, 0.183),
+        "mistral": (0.154, 1.77, 0.196),
+    },
+    "activation a=0.01 b=0.6": {
+        "gpt2": (0.075, 3.07, 0.178),
+        "llama": (0.204, 2.26, 0.198),
+        "gemma": (0.295, 4.57, 0.202),
+        "mistral": (0.218, 1.77, 0.201),
+    },
+    "activation a=0.01 b=0.55": {
+        "gpt2": (0.111, 3.08, 0.175),
+        "llama": (0.258, 2.25, 0.203),
+        "gemma": (0.33, 4.57, 0.199),
+        "mistral": (0.229, 1.77, 0.202),
+    },
+    "activation a=0.05 b=0.5": {
+        "gpt2": (0.109, 3.08, 0.178),
+        "llama": (0.31, 1.96, 0.204),
+        "gemma": (0.331, 4.58, 0.204),
+        "mistral": (0.251, 1.77, 0.193),
+    },
+}
+STEERING = {  # model -> alpha -> (toxicity, log-perplexity, F1); table 11 chose the first
+    "gpt2": {30: (0.31, 3.19, 0.191), 40: (0.25, 3.34, 0.18)},
+    "llama": {2: (0.335, 2.72, 0.187), 3: (0.267, 3.53, 0.18)},
+    "gemma": {3: (0.26, 5.52, 0.228), 5: (0.251, 5.64, 0.226)},
+    "mistral": {5: (0.35, 2.23, 0.22), 7: (0.319, 2.63, 0.212)},
+}
+PUBLISHED = {
+    **PATCHING,
+    **EDITING,
+    "steer": {model: next(iter(rows.values())) for model, rows in STEERING.items()},
+}
+
+# Yang table 3: neurons with a toxic token, % of DPO's reduction when they are patched; the same of the top 256.
+TOXIC_TOKEN_NEURONS = {"gpt2": (59, 19.7), "llama": (7, 1.96), "gemma": (3, 0.41), "mistral": (14, 0.63)}
+TOP_256 = {"gpt2": 23.9, "llama": 3.14, "gemma": 2.47, "mistral": 16.5}
+
+# Yang table 17: r(activation shift, cosine with the probe), r(activation shift, activation before DPO).
+SHIFT_CORRELATIONS = {
+    "gpt2": (0.004, 0.263),
+    "llama": (0.001, 0.033),
+    "gemma": (0.004, 0.098),
+    "mistral": (0.003, 0.347),
+}
+
+# Yang appendix G, GPT-2: % of value vectors with conflicting signs along three SVD directions, % of neurons whose
+# projection changes inconsistently.
+SUBSPACE = {"gpt2": (74.7, 74.3)}
+
+# Yang table 7: the words whose mean embeddings differ by the contrastive vector.
+TOXIC_WORDS = ("fuck", "shit", "crap", "damn", "asshole")
+PLAIN_WORDS = ("hello", "thanks", "friend", "peace", "welcome")
+
+# Neurons that Yang's tables 6, 14 and 15 misname: the released notebook divided a flat index by 4 * 4096 where d_mlp is
+# 14,336. Right: `neuron(flat index, 14336)`.
+MISNAMED = {
+    "llama": {(25, 14065): (29, 7921), (18, 15439): (21, 9295), (25, 14671): (29, 8527)},
+    "mistral": {(14, 14693): (17, 357)},
+}
+
+
+def neuron(flat: int, d_mlp: int) -> tuple[int, int]:
+    """(layer, index) of a flat index over all layers' neurons."""
+    return divmod(flat, d_mlp)
+
+
 # Yang table 5: model -> shares (%) of TP, TN, AP, AN among the neurons that reduce, and their number.
 GROUP_SHARES = {
     "gpt2": (6.9, 39.1, 3.2, 50.9, 57501),

@@ -21,29 +21,34 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def group_shares(ours: dict[str, float], theirs: str | None, path: Path) -> None:
-    """Bars of each group's share (%) of the neurons that reduce, beside a published model's (Yang table 5)."""
+def group_shares(ours: dict[str, float], reduction: dict[str, float], theirs: str | None, path: Path) -> None:
+    """Each group's share of the neurons that reduce (Yang table 5), and of the reduction (figures 2a, 6a), in %."""
     published = dict(zip(ours, paper.GROUP_SHARES[theirs], strict=False)) if theirs else None
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    names = list(ours)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), gridspec_kw={"width_ratios": [1.6, 1]})
+    names, colors = list(ours), [COLORS[name] for name in ours]
     width = 0.4 if published else 0.8
     places = np.arange(len(names))
-    bars = axes.bar(
-        places - (width / 2 if published else 0), list(ours.values()), width, color=[COLORS[n] for n in names]
-    )
-    axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    bars = left.bar(places - (width / 2 if published else 0), list(ours.values()), width, color=colors)
+    left.bar_label(bars, fmt="%.1f", fontsize=8)
     if published:
-        theirs = axes.bar(
-            places + width / 2, [published[n] for n in names], width, color="white",
-            edgecolor=[COLORS[n] for n in names], hatch="///", label=f"published, {theirs}",
+        bars = left.bar(
+            places + width / 2, [published[n] for n in names], width, color="white", edgecolor=colors, hatch="///",
+            label=f"published, {theirs}",
         )  # fmt: skip
-        axes.bar_label(theirs, fmt="%.1f", fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_xticks(places, [f"{n}↓\n{GROUP_NAMES[n]}" for n in names], fontsize=8)
-    axes.set_ylabel("% of the neurons that reduce")
-    axes.set_ylim(0, max([*ours.values(), *(published or {"": 0}).values()]) * 1.3)
-    axes.set_title("The four groups' shares (cf. Yang et al. table 5)", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+        left.bar_label(bars, fmt="%.1f", fontsize=8)
+        left.legend(frameon=False, fontsize=8)
+    left.set_xticks(places, [f"{n}↓\n{GROUP_NAMES[n]}" for n in names], fontsize=7)
+    left.set_ylabel("% of the neurons that reduce")
+    left.set_ylim(0, max([*ours.values(), *(published or {"": 0}).values()]) * 1.3)
+    left.set_title("Neurons (cf. Yang et al. table 5)", fontsize=10)
+    bars = right.bar(places, [reduction[n] for n in names], 0.8, color=colors)
+    right.bar_label(bars, fmt="%.1f", fontsize=8)
+    right.set_xticks(places, [f"{n}↓" for n in names], fontsize=8)
+    right.set_ylabel("% of the reduction")
+    right.set_title("Reduction (cf. figures 2a, 6a)", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     _save(figure, path)
 
 
@@ -73,7 +78,7 @@ def activation_shifts(
     ranks: tuple[int, int],
     path: Path,
 ) -> None:
-    """Mean activation before and after DPO of the neurons of some ranks, by group (Yang figure 2c).
+    """Activation shifts of the neurons of some ranks, by group (Yang figures 2c, 6c and 7).
 
     delta, pre, post `[n_layers, d_mlp]`; ranks: from (inclusive) and to (exclusive) in the order of reduction.
     """
@@ -92,7 +97,7 @@ def activation_shifts(
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("activation shift\n(mean after - before DPO)", fontsize=8)
     figure.suptitle(
-        f"Activation shifts of ranks {ranks[0]:,}-{ranks[1]:,} (cf. Yang et al. figure 2c)", fontsize=10, y=1.04
+        f"Activation shifts of ranks {ranks[0]:,}-{ranks[1]:,} (cf. Yang et al. figures 2c, 7)", fontsize=10, y=1.04
     )
     _save(figure, path)
 

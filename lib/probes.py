@@ -5,10 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
+from lib.models import FAMILIES, layers, reach
+
+PADDED_LENGTH = 128  # tokens, as the released code pads
+TEXT_LENGTH = 256  # longer comments are cut
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,40 @@ def load_probe(path: str | Path, d_model: int) -> Probe:
     return Probe(direction, float(bias.reshape(-1)[0]) if bias.numel() else 0.0)
 
 
+def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=False) -> np.ndarray:
+    """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32.
+
+    over: `tokens`: the real ones (no padding, no BOS), before the final norm. `padded`: all 128 positions, padded on
+    the left with end-of-text tokens, after the final norm, as Yang's released code.
+    """
+    padded = over == "padded"
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # neighbours pad little
+    found = np.zeros((len(texts), model._module.config.hidden_size), dtype=np.float32)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    final_norm = reach(model, FAMILIES[model._module.config.model_type].final_norm)
+    for rows in track(batches, "Probe features", console=Console(stderr=True), disable=len(batches) < 4):
+        batch = model.tokenizer(
+            [texts[row] for row in rows],
+            padding="max_length" if padded else True,
+            padding_side="left" if padded else "right",
+            truncation=True,
+            max_length=PADDED_LENGTH if padded else TEXT_LENGTH,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+            return_token_type_ids=False,
+        ).to(model.device)
+        special = batch.pop("special_tokens_mask").bool()
+        if padded:
+            batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, model.tokenizer.eos_token_id)
+        counted = torch.ones_like(special) if padded else batch["attention_mask"].bool() & ~special
+        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
+        with model.trace(dict(batch), logits_to_keep=1, remote=remote):
+            residual = final_norm.output if padded else layers(model)[-1].output  # [batch, positions, d_model]
+            mean = (residual.float() * weights.to(residual.device)).sum(1).save()
+        found[rows] = mean.cpu().numpy()
+    return found
+
+
 def fit(features: np.ndarray, labels: np.ndarray, seed: int, inverse_l2: float | None = None) -> Probe:
     """L2 logistic regression.
 
@@ -96,8 +136,18 @@ def scores(probe: Probe, features: np.ndarray) -> np.ndarray:
     return features.astype(np.float64) @ probe.direction.double().numpy() + probe.bias
 
 
-def nearest_tokens(model, direction: torch.Tensor, n: int = 10) -> list[str]:
-    """Tokens whose unembedding has the largest product with a direction `[d_model]` (the logit lens; Yang table 1)."""
+@torch.no_grad()
+def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = False) -> list[list[str]]:
+    """The n tokens whose unembedding has the largest product with each direction (the logit lens; Yang table 1).
+
+    directions `[n_directions, d_model]`. normed: after the model's final norm, as the released code projects value
+    vectors (its toxic-token lists); the norm's weight changes which tokens come first.
+    """
     unembedding = model._module.get_output_embeddings().weight
-    products = unembedding.detach().float() @ direction.to(unembedding.device).float()
-    return [model.tokenizer.decode([i]) for i in products.topk(n).indices.tolist()]
+    directions = directions.to(unembedding.device, unembedding.dtype)
+    if normed:
+        directions = reach(model._module, FAMILIES[model._module.config.model_type].final_norm)(directions)
+    return [
+        [model.tokenizer.decode([i]) for i in (part @ unembedding.T).float().topk(n).indices.tolist()[0]]
+        for part in directions.split(1)  # one at a time: 128 rows of products over 262,144 tokens are 134 MB
+    ]

@@ -1,0 +1,128 @@
+"""What an effect has to be compared with before it says anything: one set of controls for every causal claim.
+
+| control | what it leaves as it was | what it takes away |
+|---|---|---|
+| `random` | number of neurons, values' rule | which neurons |
+| `random_in_layer` | also the number in each layer | which neurons of a layer |
+| `matched` | also value norm and mean absolute activation | which neurons of those alike |
+| `permuted` | the neurons, each layer's values (shift and scale) | which value goes to which neuron |
+| `own_means` | the neurons, that they are clamped | DPO: values are means before it (clamp at strength 0) |
+| `flipped` | the neurons, the size of the change | its sign (strength -1) |
+| `zero` | everything but the change (strength 0; shift and scale, where it is the unedited model) | the change |
+| `gaussian` | the whole procedure | the probe: a random direction instead |
+| `permuted_labels` | the whole procedure | the probe's labels: fitted on shuffled ones |
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from lib.interventions import Plan
+from lib.models import n_layers, value_vectors
+from lib.probes import Probe, fit
+
+DRAWS = {"none": 0, "quick": 3, "full": 20}
+BINS = 5  # of value norm and of activation, in each layer
+
+
+def draws(level: str, run: int, runs: int) -> list[int]:
+    """The draws of each random control that one of several runs (seeds) measures; over all: `quick` 3, `full` 20."""
+    return list(range(run, DRAWS[level], runs))
+
+
+def of_plan(
+    plan: Plan, draws: list[int], seed: int, features: list[torch.Tensor]
+) -> Iterator[tuple[str, int, Plan, float]]:
+    """Yield (name, draw, plan, strength) of every control of an edit but those of its direction.
+
+    features: what `matched` holds alike, `[n_layers, d_mlp]` each.
+    """
+    yield ("own_means" if plan.kind == "clamp" else "zero"), 0, plan, 0.0
+    yield "flipped", 0, plan, -1.0
+    for draw in draws:
+        generator = torch.Generator().manual_seed(hash_seed(seed, draw))
+        yield "random", draw, replace(plan, mask=random_mask(plan.mask, generator)), 1.0
+        yield "random_in_layer", draw, replace(plan, mask=random_in_layer(plan.mask, generator)), 1.0
+        yield "matched", draw, replace(plan, mask=matched(plan.mask, features, generator)), 1.0
+        if plan.kind != "clamp":
+            yield "permuted", draw, replace(plan, target=permuted(plan.mask, plan.target, generator)), 1.0
+
+
+def of_direction(probe: Probe, probe_file: Path, draws: list[int], seed: int) -> Iterator[tuple[str, int, Probe]]:
+    """Yield (name, draw, probe): random directions, and probes fitted on shuffled labels, in place of the probe.
+
+    The second needs the comments' features, which train_probe.py leaves beside the probe; without them there is none.
+    """
+    for draw in draws:
+        generator = torch.Generator().manual_seed(hash_seed(seed, draw))
+        yield "gaussian", draw, Probe(torch.randn(probe.direction.shape, generator=generator), 0.0)
+    beside = Path(probe_file).with_name("features.safetensors")
+    if beside.is_file():
+        stored = load_file(beside)
+        features, labels = stored["features"].numpy(), stored["labels"].numpy()
+        fitted = np.setdiff1d(np.arange(len(labels)), stored["held_out"].numpy())
+        for draw in draws:
+            shuffled = np.random.default_rng(hash_seed(seed, draw)).permutation(labels[fitted])
+            yield "permuted_labels", draw, fit(features[fitted], shuffled, seed)
+
+
+def hash_seed(seed: int, draw: int) -> int:
+    """Another stream for each seed and draw."""
+    return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+
+
+def random_mask(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many neurons, drawn from all. mask `[n_layers, d_mlp]` bool."""
+    chosen = torch.zeros(mask.numel(), dtype=torch.bool)
+    chosen[torch.randperm(mask.numel(), generator=generator)[: int(mask.sum())]] = True
+    return chosen.view_as(mask)
+
+
+def random_in_layer(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many neurons in each layer, drawn from the layer. mask `[n_layers, d_mlp]` bool."""
+    return torch.stack([random_mask(row, generator) for row in mask])
+
+
+def matched(mask: torch.Tensor, features: list[torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+    """As many neurons of each layer and each bin of every feature, drawn from those outside the mask while they last.
+
+    mask `[n_layers, d_mlp]` bool; features `[n_layers, d_mlp]` each, cut into BINS quantiles within a layer. A bin that
+    holds fewer unmasked neurons than masked ones is filled up with masked ones.
+    """
+    chosen = torch.zeros_like(mask)
+    for layer, row in enumerate(mask):
+        cell = torch.zeros(len(row), dtype=torch.long)
+        for feature in features:
+            rank = feature[layer].argsort().argsort()
+            cell = cell * BINS + rank * BINS // len(row)
+        for one in cell[row].unique():
+            here = cell == one
+            order = torch.cat(
+                [part[torch.randperm(len(part), generator=generator)] for part in
+                 ((here & ~row).nonzero()[:, 0], (here & row).nonzero()[:, 0])]
+            )  # fmt: skip
+            chosen[layer, order[: int((here & row).sum())]] = True
+    return chosen
+
+
+def permuted(mask: torch.Tensor, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Values shuffled among the masked neurons of each layer. Both `[n_layers, d_mlp]`."""
+    shuffled = value.clone()
+    for layer, row in enumerate(mask):
+        index = row.nonzero()[:, 0]
+        shuffled[layer, index] = value[layer, index[torch.randperm(len(index), generator=generator)]]
+    return shuffled
+
+
+def value_norms(model) -> torch.Tensor:
+    """Norms of all value vectors, `[n_layers, d_mlp]` float64. `model`: nnsight."""
+    return torch.stack(
+        [value_vectors(model._module, layer).cpu().double().norm(dim=-1) for layer in range(n_layers(model))]
+    )
+
+
+Replan = Callable[[Probe], Plan]  # the script's own procedure, from a direction to its edit

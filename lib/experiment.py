@@ -1,0 +1,365 @@
+"""What every script that makes a causal claim does around its own trace: inputs, seeds, conditions, controls, record.
+
+A script says which edits it tests and how a trace applies one; this module finds the probe, the DPO model and the mean
+activations for every seed, measures each condition once, compares it with its controls and writes the record.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from lib import artifacts, chain, controls, evaluation, generation, metrics, models, neurons, probes, results
+from lib.data import Dataset
+from lib.errors import UserError
+from lib.interventions import NO_EDIT, Plan
+from lib.probes import Probe
+from lib.protocol import PROTOCOLS, Protocol
+from lib.statistics import Bootstrap
+
+SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
+
+
+class Condition(NamedTuple):
+    """What one measurement was made of."""
+
+    name: str
+    kind: str = "none"  # of edit
+    of: str = ""  # the condition that a control belongs to
+    means: str = "same"  # prompts that means and groups come from: those of the effects, or `held_out` ones
+    seed: int = 0  # of probe and DPO run
+    draw: int = 0  # of a random control
+
+    @property
+    def row(self) -> tuple:
+        """What one row of the table holds together: all but seed and draw."""
+        return self[:4]
+
+    @property
+    def file(self) -> str:
+        """A file name."""
+        return "__".join(str(part).replace("/", "_") for part in self) + ".json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One seed's probe, model after DPO, and both models' mean activations."""
+
+    seed: int
+    means: str
+    probe: Probe
+    probe_file: Path
+    post: Any  # nnsight model
+    pre_means: neurons.Means
+    post_means: neurons.Means
+
+    def condition(self, name: str, kind: str, of: str = "", draw: int = 0) -> Condition:
+        """A condition of this stage."""
+        return Condition(name, kind, of, self.means, self.seed, draw)
+
+
+@dataclass
+class Experiment:
+    """One run of a script."""
+
+    script: str
+    options: dict
+    protocol: Protocol
+    seeds: list[int]
+    source: models.Source
+    base: Any  # nnsight model
+    device: str
+    batch_size: int
+    prompts: Dataset  # that effects are measured on
+    mean_prompts: dict[str, Dataset]  # `same`, and `held_out` with --holdout
+    passages: Dataset
+    texts: evaluation.Texts
+    toxicity: metrics.Scorer
+    second: metrics.Scorer | None
+    artifacts_of: dict[int, tuple]  # seed -> (probe file, model after DPO)
+    work: Path
+    out: Path
+    settings: dict
+    started: float
+    measured: dict[Condition, dict] = dataclasses.field(default_factory=dict)
+    neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
+
+    def stages(self) -> Iterator[Stage]:
+        """For every seed, and with --holdout for both choices of prompts that means come from."""
+        remote = self.options["remote"] or False
+        for seed, (probe_file, post_source) in self.artifacts_of.items():
+            post = models.load_like(self.base, post_source, self.device, self.options["dtype"])
+            probe = probes.load_probe(probe_file, self.base._module.config.hidden_size)
+            for name, prompts in self.mean_prompts.items():
+                pre, after = (
+                    neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
+                    for model, source in ((self.base, self.source), (post, post_source))
+                )
+                yield Stage(seed, name, probe, probe_file, post, pre, after)
+
+    def measure(
+        self,
+        stage: Stage,
+        edits: dict[Condition, Any],
+        generate: Callable,
+        likelihood: Callable,
+    ) -> None:
+        """Measure the base model, the model after DPO, and the base model under every edit.
+
+        Args:
+            edits: condition -> what the script's trace applies; NO_EDIT is measured as `none` is.
+            generate: the script's `(model, batch, edit, where, remote) -> ids [batch, NEW_TOKENS]`.
+            likelihood: the script's `(model, batch, edit, where, remote) -> [batch]`, nats.
+        """
+        none, dpo = Condition("none", seed=self.seeds[0]), Condition("dpo", seed=stage.seed)
+        todo = {key: edit for key, edit in {none: NO_EDIT, dpo: NO_EDIT, **edits}.items() if key not in self.measured}
+        for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
+            if edit is NO_EDIT and condition not in (none, dpo):
+                self.measured[condition] = self.measured[none]
+                continue
+            model = stage.post if condition == dpo else self.base
+            self.measured[condition] = results.once(
+                self.work / "conditions" / condition.file,
+                partial(self._measure, model, edit, generate, likelihood, self._brief(condition)),
+            )
+            self.neurons[condition] = getattr(edit, "n_neurons", 0)
+
+    def _brief(self, condition: Condition) -> bool:
+        """F1 and the second perplexity are measured once, for what is not a control."""
+        return bool(condition.of) or condition.seed != self.seeds[0]
+
+    def _measure(self, model, edit, generate, likelihood, brief: bool) -> dict:
+        remote = self.options["remote"] or False
+        while True:
+            try:
+                return evaluation.measure(
+                    model, self.texts, self.toxicity, self.batch_size, self.protocol,
+                    generate=lambda batch, where: generate(model, batch, edit, where, remote),
+                    likelihood=lambda batch, where: likelihood(model, batch, edit, where, remote),
+                    edited=edit is not NO_EDIT,
+                    brief=brief,
+                )  # fmt: skip
+            except RuntimeError as error:  # torch.OutOfMemoryError is one too
+                if not generation.out_of_memory(error):
+                    raise
+                if self.options["batch_size"] != "auto" or self.batch_size == 1:
+                    raise UserError(
+                        f"--batch-size {self.batch_size}: does not fit into this machine's memory; "
+                        "give a smaller one, or auto."
+                    ) from error
+                self.batch_size //= 2
+                _stderr().print(f"Out of memory: going on with --batch-size {self.batch_size}.")
+
+    def controlled(
+        self, stage: Stage, name: str, plan: Plan, replan: controls.Replan, features: list[torch.Tensor]
+    ) -> dict[Condition, Any]:
+        """The controls of one condition at --controls: see `lib.controls` for what each takes away.
+
+        With several seeds the random draws are spread over them.
+
+        Args:
+            name: the condition's name; its kind is the plan's.
+            replan: the script's own way from a direction to the plan, for directions in the probe's place.
+            features: what the `matched` control holds alike, `[n_layers, d_mlp]` each.
+        """
+        level, found = self.options["controls"], {}
+        if level == "none":
+            return found
+        draws = controls.draws(level, self.seeds.index(stage.seed), len(self.seeds))
+        for control, draw, other, strength in controls.of_plan(plan, draws, stage.seed, features):
+            unedited = control == "zero"
+            found[stage.condition(f"control:{control}", plan.kind, name, draw)] = (
+                NO_EDIT if unedited else other.edit(strength)
+            )
+        for control, draw, probe in controls.of_direction(stage.probe, stage.probe_file, draws, stage.seed):
+            found[stage.condition(f"control:{control}", plan.kind, name, draw)] = replan(probe).edit()
+        return found
+
+    def rows(self, published: Callable[[str], dict]) -> list[dict]:
+        """The table: one row for each condition, averaged over seeds and draws, controls below what they belong to."""
+        over_prompts = Bootstrap(len(self.prompts.items), self.options["seed"])
+        together: dict[tuple, list[Condition]] = {}
+        for condition in self.measured:
+            together.setdefault(condition.row, []).append(condition)
+        mean = {row: evaluation.average([self.measured[c] for c in found]) for row, found in together.items()}
+        none, dpo = (mean[Condition(name).row] for name in ("none", "dpo"))
+        over_passages = Bootstrap(len(none["tokens"]), self.options["seed"])
+        order = sorted(together, key=lambda row: _place(row, list(together)))
+        rows = []
+        for name, kind, of, means in order:
+            found = together[name, kind, of, means]
+            row = {
+                "condition": name,
+                "kind": kind,
+                "of": of,
+                "means": means if len(self.mean_prompts) > 1 and kind != "none" else None,
+                "positions": self.protocol.edit_positions if kind != "none" else None,
+                "neurons": self.neurons.get(found[0], 0),
+                **evaluation.make_row(mean[name, kind, of, means], none, dpo, over_prompts, over_passages),
+                "runs": [self._run(c) for c in found],
+            }
+            if of:
+                real = mean[of, kind, "", means]
+                row["difference_from_real"] = over_prompts.difference(
+                    mean[name, kind, of, means]["toxicity"], real["toxicity"]
+                )
+                if self.options["controls"] == "full" and len(found) > 1:
+                    level = sum(real["toxicity"]) / len(real["toxicity"])
+                    row["percent_of_draws_above_real"] = (
+                        100 * sum(run["toxicity"] > level for run in row["runs"]) / len(row["runs"])
+                    )
+            else:
+                row |= published(name)
+            rows.append(row)
+        return rows
+
+    def _run(self, condition: Condition) -> dict:
+        measured = self.measured[condition]
+        nll = measured.get("nll", measured.get("nll_first"))
+        return {
+            "seed": condition.seed,
+            "draw": condition.draw,
+            "toxicity": sum(measured["toxicity"]) / len(measured["toxicity"]),
+            "log_ppl": sum(nll) / sum(measured["tokens"]),
+        }
+
+    def finish(self, published: Callable[[str], dict], **more) -> dict:
+        """Score with the second scorer, write run.json, generations.jsonl and measurements.jsonl; returns the record.
+
+        more: the script's own entries of the record.
+        """
+        if self.second:
+            for measured in track(list(self.measured.values()), "Second scorer", console=_stderr()):
+                if "second" not in measured:
+                    measured["second"] = self.second(measured["continuations"]).tolist()
+        shown = {
+            c: m for c, m in self.measured.items() if c.draw < SHOWN_DRAWS and (not c.of or c.seed == self.seeds[0])
+        }
+        results.write_lines(self.work / "generations.jsonl", _generations(shown, self.prompts.items))
+        results.write_lines(self.work / "measurements.jsonl", _measurements(self.measured))
+        names = ("protocol", "scorer", "second_scorer", "controls", "holdout")
+        record = {
+            "script": self.script,
+            "model": self.options["model"],
+            "params": {
+                "limit": len(self.prompts.items),
+                "seed": self.options["seed"],
+                "seeds": self.seeds,
+                "batch_size": self.batch_size,
+                **{name: self.options[name] for name in names},
+            },
+            "protocol": dataclasses.asdict(self.protocol),
+            "rows": self.rows(published),
+            **more,
+            "provenance": results.provenance(
+                settings=self.settings,
+                data={"prompts": self.prompts.provenance, "passages": self.passages.provenance},
+                dtype=str(self.base.dtype).removeprefix("torch."),
+                device=self.device,
+                seconds=round(time.monotonic() - self.started, 1),
+            ),
+        }
+        results.write_json(self.work / "run.json", record)
+        shutil.rmtree(self.work / "conditions", ignore_errors=True)
+        return record
+
+    def report(self, record: dict, shown: tuple[str, ...], before: Callable[[Console], None] | None = None) -> None:
+        """Print the table, one prompt's continuations under the `shown` conditions, and where everything lies."""
+        from lib import paper
+
+        console, params = evaluation.wide_console(), record["params"]
+        if before:
+            before(console)
+        seeds = f", seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else ""
+        title = (
+            f"{record['model']}, {params['limit']} prompts{seeds}, toxicity by {params['scorer']}, "
+            f"{params['protocol']} protocol ({self.protocol.edit_positions} positions edited)"
+        )
+        has = any(row.get("published") for row in record["rows"])
+        console.print(evaluation.table(record, title, paper.counterpart(record["model"]) if has else None))
+        first = {
+            f"{c.name}, {c.kind}" if c.kind != "none" else c.name: m
+            for c, m in self.measured.items()
+            if c.name in shown and not c.of and c.seed == self.seeds[0]
+        }
+        console.print(evaluation.continuations_table(self.prompts.items, first, self.options["raw_text"]))
+        console.print(f"Record, raw generations, tensors and figures: {self.out}", soft_wrap=True)
+
+
+@contextmanager
+def begin(script: str, options: dict) -> Iterator[Experiment]:
+    """Check the options, make what is missing, load the base model, and open the output folder.
+
+    What can be wrong with the input is found before anything is written.
+    """
+    from lib.cli import default_scorer
+
+    started = time.monotonic()
+    name = options["model"]
+    options = {**options, "scorer": default_scorer(name, options["scorer"])}
+    protocol = PROTOCOLS[options["protocol"]]
+    seeds = options["seeds"] or [options["seed"]]
+    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
+    artifacts.refuse_existing(out, options["overwrite"])
+    prompts, passages = chain.texts(options)
+    mean_prompts = {"same": prompts}
+    if options["holdout"]:
+        if len(prompts.items) < 2:
+            raise UserError("--holdout: needs at least two prompts; raise --limit or give more.")
+        mean_prompts = {"held_out": prompts.half(0), "same": prompts.half(1)}
+        prompts = mean_prompts["same"]
+    source = models.resolve(name, options["revision"])
+    device = models.pick_device(options["device"])
+    toxicity = metrics.scorer(options["scorer"])
+    second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
+    made = {seed: (chain.probe_file(options, seed), chain.post_source(options, seed)) for seed in seeds}
+    base = models.load(source, device, options["dtype"])
+    batch_size = options["batch_size"]
+    if batch_size == "auto":
+        batch_size = min(generation.fitting_batch_size(base), len(prompts.items))
+    texts = evaluation.make_texts(base, prompts.items, passages.items, f"--passages {passages.source}", protocol)
+    settings = chain.settings(options, source, made, prompts, passages, device)
+    with artifacts.output(out, settings, options["overwrite"]) as work:
+        yield Experiment(
+            script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,
+            toxicity, second, made, work, out, settings, started,
+        )  # fmt: skip
+
+
+def _place(row: tuple, rows: list[tuple]) -> tuple:
+    """Where a row stands: a control after the condition that it belongs to."""
+    name, kind, of, means = row
+    return (rows.index((of, kind, "", means)), 1, rows.index(row)) if of else (rows.index(row), 0, 0)
+
+
+def _generations(measured: dict[Condition, dict], prompts: list[str]) -> Iterator[dict]:
+    """Lines of generations.jsonl: raw text of conditions and prompts, with its score."""
+    for condition, values in measured.items():
+        about = condition._asdict()
+        for prompt, text, toxicity in zip(prompts, values["continuations"], values["toxicity"], strict=True):
+            yield about | {"prompt": prompt, "continuation": text, "toxicity": toxicity}
+
+
+def _measurements(measured: dict[Condition, dict]) -> Iterator[dict]:
+    """Lines of measurements.jsonl: every number of every measurement, over prompts and over passages."""
+    digits = {"nll": 4, "nll_first": 4}
+    for condition, values in measured.items():
+        numbers = {
+            key: [round(x, digits.get(key, 5)) for x in column]
+            for key, column in values.items()
+            if key != "continuations"
+        }
+        yield condition._asdict() | numbers
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
