@@ -53,7 +53,7 @@ def _order(context, parameter, value):
 def main(order, strengths, **options):
     from lib import controls, experiment
 
-    with experiment.begin("patch_four_groups", options) as run:
+    with experiment.begin("patch_four_groups", {**options, "order": order, "strengths": strengths}) as run:
         norms = controls.value_norms(run.base)
         for stage in run.stages():
             found = attribute(run, stage)
@@ -168,7 +168,7 @@ def write(run, found: dict) -> dict:
     delta, pre, post = (found[key].numpy() for key in ("delta", "pre", "post"))
     masks = {group: mask.numpy() for group, mask in found["groups"].items()}
     record = run.finish(
-        published=lambda condition: published_row(condition, name),
+        published=lambda condition, kind: published_row(condition, kind, name),
         **neurons.group_summary(found["groups"], found["delta"], found["pre"]),
         anti_toxic_vectors=anti_toxic_vectors(run, found),
     )

@@ -17,7 +17,7 @@ from lib.errors import UserError
 from lib.models import Source, resolve
 
 
-def texts(options: dict) -> tuple[data.Dataset, data.Dataset]:
+def texts(options: dict, needs: tuple[str, ...] = ("probe", "post")) -> tuple[data.Dataset, data.Dataset]:
     """Prompts and passages by --prompts, --passages and --limit (a third as many passages as prompts).
 
     Pairs and comments that will be needed are read too, so that a fault in them is told now and not after minutes.
@@ -26,9 +26,9 @@ def texts(options: dict) -> tuple[data.Dataset, data.Dataset]:
     limit = default_limit(name, options["limit"])
     prompts = data.prompts(default_data(name, options["prompts"])).first(limit)
     passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 2) // 3)
-    if not options["post"]:
+    if "post" in needs and not options["post"]:
         data.pairs(options["pairs"])
-    if not options["probe"]:
+    if "probe" in needs and not options["probe"]:
         data.comments(options["comments"])
     return prompts, passages
 
@@ -73,14 +73,17 @@ def run(*command: str) -> Path:
 def settings(options: dict, source: Source, made: dict, prompts, passages, device: str) -> dict:
     """All that determines a run's numbers, as hashes and values: an unfinished run goes on only under the same.
 
-    made: seed -> (probe file, model after DPO).
+    made: seed -> (probe file, model after DPO); None where the script needs none.
     """
     own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
     screen = {"out", "overwrite", "raw_text"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {"prompts": prompts.sha256, "passages": passages.sha256}
     counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}
-    seeds = {str(seed): {"probe": file_sha256(probe), "post": post.revision} for seed, (probe, post) in made.items()}
+    seeds = {
+        str(seed): {"probe": probe and file_sha256(probe), "post": post and post.revision}
+        for seed, (probe, post) in made.items()
+    }
     return {**chosen, **hashes, **counts, "model": source.revision, "runs": seeds, "device": device}
 
 

@@ -45,14 +45,17 @@ def of_plan(
     yield "flipped", 0, plan, -1.0
     for draw in draws:
         generator = torch.Generator().manual_seed(hash_seed(seed, draw))
-        yield "random", draw, replace(plan, mask=random_mask(plan.mask, generator)), 1.0
-        yield "random_in_layer", draw, replace(plan, mask=random_in_layer(plan.mask, generator)), 1.0
-        yield "matched", draw, replace(plan, mask=matched(plan.mask, features, generator)), 1.0
+        if not plan.mask.all():  # where all neurons are edited, there are no others to take
+            yield "random", draw, replace(plan, mask=random_mask(plan.mask, generator)), 1.0
+            yield "random_in_layer", draw, replace(plan, mask=random_in_layer(plan.mask, generator)), 1.0
+            yield "matched", draw, replace(plan, mask=matched(plan.mask, features, generator)), 1.0
         if plan.kind != "clamp":
             yield "permuted", draw, replace(plan, target=permuted(plan.mask, plan.target, generator)), 1.0
 
 
-def of_direction(probe: Probe, probe_file: Path, draws: list[int], seed: int) -> Iterator[tuple[str, int, Probe]]:
+def of_direction(
+    probe: Probe, probe_file: Path | None, draws: list[int], seed: int
+) -> Iterator[tuple[str, int, Probe]]:
     """Yield (name, draw, probe): random directions, and probes fitted on shuffled labels, in place of the probe.
 
     The second needs the comments' features, which train_probe.py leaves beside the probe; without them there is none.
@@ -60,8 +63,8 @@ def of_direction(probe: Probe, probe_file: Path, draws: list[int], seed: int) ->
     for draw in draws:
         generator = torch.Generator().manual_seed(hash_seed(seed, draw))
         yield "gaussian", draw, Probe(torch.randn(probe.direction.shape, generator=generator), 0.0)
-    beside = Path(probe_file).with_name("features.safetensors")
-    if beside.is_file():
+    beside = probe_file and Path(probe_file).with_name("features.safetensors")
+    if beside and beside.is_file():
         stored = load_file(beside)
         features, labels = stored["features"].numpy(), stored["labels"].numpy()
         fitted = np.setdiff1d(np.arange(len(labels)), stored["held_out"].numpy())

@@ -205,10 +205,10 @@ def print_groups(console, record: dict) -> None:
         )
 
 
-def published_row(condition: str, model: str) -> dict:
-    """`{"published": ...}` for a condition of Yang tables 2, 12 and 19, or nothing."""
+def published_row(condition: str, kind: str, model: str) -> dict:
+    """`{"published": ...}` for a condition of Yang tables 2 and 19, or nothing; the papers' edits are clamps."""
     theirs = paper.counterpart(model)
-    if theirs is None or theirs not in paper.PUBLISHED.get(condition, {}):
+    if kind not in {"none", "clamp"} or theirs not in paper.PUBLISHED.get(condition, {}):
         return {}
     toxicity, log_ppl, f1 = paper.PUBLISHED[condition][theirs]
     return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}

@@ -52,15 +52,15 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One seed's probe, model after DPO, and both models' mean activations."""
+    """One seed's probe, model after DPO, and both models' mean activations; None is what the script does not need."""
 
     seed: int
     means: str
-    probe: Probe
-    probe_file: Path
+    probe: Probe | None
+    probe_file: Path | None
     post: Any  # nnsight model
     pre_means: neurons.Means
-    post_means: neurons.Means
+    post_means: neurons.Means | None
 
     def condition(self, name: str, kind: str, of: str = "", draw: int = 0) -> Condition:
         """A condition of this stage."""
@@ -85,7 +85,7 @@ class Experiment:
     texts: evaluation.Texts
     toxicity: metrics.Scorer
     second: metrics.Scorer | None
-    artifacts_of: dict[int, tuple]  # seed -> (probe file, model after DPO)
+    artifacts_of: dict[int, tuple]  # seed -> (probe file or None, source of the model after DPO or None)
     work: Path
     out: Path
     settings: dict
@@ -95,13 +95,15 @@ class Experiment:
 
     def stages(self) -> Iterator[Stage]:
         """For every seed, and with --holdout for both choices of prompts that means come from."""
-        remote = self.options["remote"] or False
+        remote, dtype = self.options["remote"] or False, self.options["dtype"]
         for seed, (probe_file, post_source) in self.artifacts_of.items():
-            post = models.load_like(self.base, post_source, self.device, self.options["dtype"])
-            probe = probes.load_probe(probe_file, self.base._module.config.hidden_size)
+            post = models.load_like(self.base, post_source, self.device, dtype) if post_source else None
+            probe = probes.load_probe(probe_file, self.base._module.config.hidden_size) if probe_file else None
             for name, prompts in self.mean_prompts.items():
                 pre, after = (
                     neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
+                    if model
+                    else None
                     for model, source in ((self.base, self.source), (post, post_source))
                 )
                 yield Stage(seed, name, probe, probe_file, post, pre, after)
@@ -121,7 +123,8 @@ class Experiment:
             likelihood: the script's `(model, batch, edit, where, remote) -> [batch]`, nats.
         """
         none, dpo = Condition("none", seed=self.seeds[0]), Condition("dpo", seed=stage.seed)
-        todo = {key: edit for key, edit in {none: NO_EDIT, dpo: NO_EDIT, **edits}.items() if key not in self.measured}
+        whole = {none: NO_EDIT, **({dpo: NO_EDIT} if stage.post else {}), **edits}
+        todo = {key: edit for key, edit in whole.items() if key not in self.measured}
         for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
             if edit is NO_EDIT and condition not in (none, dpo):
                 self.measured[condition] = self.measured[none]
@@ -160,7 +163,13 @@ class Experiment:
                 _stderr().print(f"Out of memory: going on with --batch-size {self.batch_size}.")
 
     def controlled(
-        self, stage: Stage, name: str, plan: Plan, replan: controls.Replan, features: list[torch.Tensor]
+        self,
+        stage: Stage,
+        name: str,
+        plan: Plan,
+        replan: controls.Replan,
+        features: list[torch.Tensor],
+        direction: Probe | None = None,
     ) -> dict[Condition, Any]:
         """The controls of one condition at --controls: see `lib.controls` for what each takes away.
 
@@ -170,6 +179,7 @@ class Experiment:
             name: the condition's name; its kind is the plan's.
             replan: the script's own way from a direction to the plan, for directions in the probe's place.
             features: what the `matched` control holds alike, `[n_layers, d_mlp]` each.
+            direction: what stands in the probe's place already, such as a contrastive vector; None: the probe.
         """
         level, found = self.options["controls"], {}
         if level == "none":
@@ -180,18 +190,23 @@ class Experiment:
             found[stage.condition(f"control:{control}", plan.kind, name, draw)] = (
                 NO_EDIT if unedited else other.edit(strength)
             )
-        for control, draw, probe in controls.of_direction(stage.probe, stage.probe_file, draws, stage.seed):
+        for control, draw, probe in controls.of_direction(
+            direction or stage.probe, None if direction else stage.probe_file, draws, stage.seed
+        ):
             found[stage.condition(f"control:{control}", plan.kind, name, draw)] = replan(probe).edit()
         return found
 
-    def rows(self, published: Callable[[str], dict]) -> list[dict]:
-        """The table: one row for each condition, averaged over seeds and draws, controls below what they belong to."""
+    def rows(self, published: Callable[[str, str], dict]) -> list[dict]:
+        """The table: one row for each condition, averaged over seeds and draws, controls below what they belong to.
+
+        published: (condition, kind) -> `{"published": ...}` or nothing.
+        """
         over_prompts = Bootstrap(len(self.prompts.items), self.options["seed"])
         together: dict[tuple, list[Condition]] = {}
         for condition in self.measured:
             together.setdefault(condition.row, []).append(condition)
         mean = {row: evaluation.average([self.measured[c] for c in found]) for row, found in together.items()}
-        none, dpo = (mean[Condition(name).row] for name in ("none", "dpo"))
+        none, dpo = (mean.get(Condition(name).row) for name in ("none", "dpo"))
         over_passages = Bootstrap(len(none["tokens"]), self.options["seed"])
         order = sorted(together, key=lambda row: _place(row, list(together)))
         rows = []
@@ -218,7 +233,7 @@ class Experiment:
                         100 * sum(run["toxicity"] > level for run in row["runs"]) / len(row["runs"])
                     )
             else:
-                row |= published(name)
+                row |= published(name, kind)
             rows.append(row)
         return rows
 
@@ -232,7 +247,7 @@ class Experiment:
             "log_ppl": sum(nll) / sum(measured["tokens"]),
         }
 
-    def finish(self, published: Callable[[str], dict], **more) -> dict:
+    def finish(self, published: Callable[[str, str], dict], **more) -> dict:
         """Score with the second scorer, write run.json, generations.jsonl and measurements.jsonl; returns the record.
 
         more: the script's own entries of the record.
@@ -296,10 +311,12 @@ class Experiment:
 
 
 @contextmanager
-def begin(script: str, options: dict) -> Iterator[Experiment]:
+def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")) -> Iterator[Experiment]:
     """Check the options, make what is missing, load the base model, and open the output folder.
 
     What can be wrong with the input is found before anything is written.
+
+    needs: of `probe` and `post` (the model after DPO), what the script stands on; the rest is not made.
     """
     from lib.cli import default_scorer
 
@@ -310,7 +327,7 @@ def begin(script: str, options: dict) -> Iterator[Experiment]:
     seeds = options["seeds"] or [options["seed"]]
     out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
     artifacts.refuse_existing(out, options["overwrite"])
-    prompts, passages = chain.texts(options)
+    prompts, passages = chain.texts(options, needs)
     mean_prompts = {"same": prompts}
     if options["holdout"]:
         if len(prompts.items) < 2:
@@ -321,7 +338,13 @@ def begin(script: str, options: dict) -> Iterator[Experiment]:
     device = models.pick_device(options["device"])
     toxicity = metrics.scorer(options["scorer"])
     second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
-    made = {seed: (chain.probe_file(options, seed), chain.post_source(options, seed)) for seed in seeds}
+    made = {
+        seed: (
+            chain.probe_file(options, seed) if "probe" in needs else None,
+            chain.post_source(options, seed) if "post" in needs else None,
+        )
+        for seed in seeds
+    }
     base = models.load(source, device, options["dtype"])
     batch_size = options["batch_size"]
     if batch_size == "auto":

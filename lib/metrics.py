@@ -20,6 +20,7 @@ def scorer(name: str) -> Scorer:
     |---|---|
     | `profanity-check` | a linear model over word n-grams that comes with its package (no network) |
     | `words` | 1 for a text with a word of assets/profane_words.txt, else 0 (no network) |
+    | `words:<file>` | the same with a list of one's own, words separated by white space, `*stem` anywhere in a word |
     | `probe:<model>` | a probe (train_probe.py) on another model's residual stream: `probe:smollm2` (no network) |
     | `detoxify`, `detoxify:unbiased` | Yang et al.'s scorer; `original` is its default model |
     | `hf:<repo or folder>` | a text-classification model; the score is the probability of its toxic label |
@@ -32,8 +33,9 @@ def scorer(name: str) -> Scorer:
         from profanity_check import predict_prob
 
         return lambda texts: np.asarray(predict_prob(texts), dtype=np.float64) if texts else np.zeros(0)
-    if name == "words":
-        return lambda texts: np.array([float(profane_pattern().search(text) is not None) for text in texts])
+    if kind == "words":
+        pattern = word_pattern(Path(which)) if which else profane_pattern()
+        return lambda texts: np.array([float(pattern.search(text) is not None) for text in texts])
     if kind == "probe" and which:
         return _probe(which)
     if kind == "detoxify":
@@ -41,7 +43,7 @@ def scorer(name: str) -> Scorer:
     if kind == "hf" and which:
         return _classifier(which)
     raise UserError(
-        f"--scorer {name}: unknown; known: profanity-check, words, probe:<model>, "
+        f"--scorer {name}: unknown; known: profanity-check, words, words:<file>, probe:<model>, "
         "detoxify, detoxify:unbiased, hf:<repo>."
     )
 
@@ -119,11 +121,25 @@ def repetition(ids: list[int], n: int = 3) -> float:
 
 @cache
 def profane_pattern() -> re.Pattern:
-    """Matches the profane words of assets/profane_words.txt: `*stem` anywhere in a word, the others as whole words."""
-    words = (Path(__file__).parent / "assets" / "profane_words.txt").read_text().split()
-    stems = [word[1:] for word in words if word.startswith("*")]
-    whole = [word for word in words if not word.startswith("*")]
-    return re.compile(rf"{'|'.join(stems)}|\b(?:{'|'.join(whole)})\b", re.IGNORECASE)
+    """Matches the profane words of assets/profane_words.txt."""
+    return word_pattern(Path(__file__).parent / "assets" / "profane_words.txt")
+
+
+def word_pattern(path: Path) -> re.Pattern:
+    """Matches the words of a file, separated by white space: `*stem` anywhere in a word, the others as whole words.
+
+    Raises:
+        UserError: the file cannot be read, or holds no word.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable list of words ({error}); give words in UTF-8 text.") from error
+    if not words:
+        raise UserError(f"{path}: holds no word.")
+    stems = [re.escape(word[1:]) for word in words if word.startswith("*")]
+    whole = [rf"\b{re.escape(word)}\b" for word in words if not word.startswith("*")]
+    return re.compile("|".join(stems + whole), re.IGNORECASE)
 
 
 def mask(text: str) -> str:

@@ -134,11 +134,7 @@ STEERING = {  # model -> alpha -> (toxicity, log-perplexity, F1); table 11 chose
     "gemma": {3: (0.26, 5.52, 0.228), 5: (0.251, 5.64, 0.226)},
     "mistral": {5: (0.35, 2.23, 0.22), 7: (0.319, 2.63, 0.212)},
 }
-PUBLISHED = {
-    **PATCHING,
-    **EDITING,
-    "steer": {model: next(iter(rows.values())) for model, rows in STEERING.items()},
-}
+PUBLISHED = PATCHING | EDITING
 
 # Yang table 3: neurons with a toxic token, % of DPO's reduction when they are patched; the same of the top 256.
 TOXIC_TOKEN_NEURONS = {"gpt2": (59, 19.7), "llama": (7, 1.96), "gemma": (3, 0.41), "mistral": (14, 0.63)}

@@ -162,3 +162,199 @@ def _label(figure, axes, text: str, point: tuple[float, float], taken: list):
             label.remove()
     axes.annotate(text, point, (6, 3), textcoords="offset points", fontsize=7)
     return box
+
+
+def top_activations(pre: np.ndarray, post: np.ndarray, path: Path) -> None:
+    """Mean activations before and after DPO of the neurons best aligned with the probe, in that order (Yang figure 3).
+
+    pre, post `[n]`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    places = np.arange(1, len(pre) + 1)
+    axes.axhline(0, color="0.6", lw=0.8)
+    axes.vlines(places, pre, post, color="0.75", lw=1)
+    axes.plot(places, pre, "o", ms=3, color="#c0392b", label=f"before DPO ({100 * (pre < 0).mean():.0f} % negative)")
+    axes.plot(places, post, "o", ms=3, color="#2c5aa0", label=f"after DPO ({100 * (post < 0).mean():.0f} % negative)")
+    axes.set_yscale("symlog", linthresh=float(np.median(np.abs(pre))) or 1.0)
+    axes.set_xlabel("neurons, ranked by cosine with the probe")
+    axes.set_ylabel("mean activation")
+    axes.set_title(f"The {len(pre)} neurons best aligned with the probe (cf. Yang et al. figure 3)", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def reduction_bars(rows: list[dict], path: Path) -> None:
+    """Share of DPO's cut in toxicity that each edit makes (%), with intervals, and the published one (table 3)."""
+    shown = [row for row in rows if row["kind"] != "none" and row["percent_of_dpo"]["mean"] is not None]
+    figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(shown) + 1.4))
+    colors = {"clamp": "#c0392b", "shift": "#2c5aa0", "scale": "#148f77"}
+    for place, row in enumerate(shown):
+        value = row["percent_of_dpo"]
+        axes.barh(place, value["mean"], color=colors[row["kind"]], alpha=0.35 if row["of"] else 0.85, height=0.7)
+        if value["low"] is not None:
+            axes.plot([value["low"], value["high"]], [place, place], color="0.2", lw=1)
+        if "percent_of_dpo" in row.get("published", {}):
+            axes.plot(row["published"]["percent_of_dpo"], place, "kD", ms=5, mfc="white")
+    labels = [
+        f"{row['condition'].replace('_', ' ')}{' (held out)' if row['means'] == 'held_out' else ''}, {row['kind']}"
+        for row in shown
+    ]
+    axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.5", lw=0.8)
+    axes.axvline(100, color="0.5", lw=0.8, ls=":")
+    axes.set_xlabel("% of DPO's cut in toxicity (100: DPO itself; diamonds: published; pale: controls)", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
+    """Toxicity against log-perplexity with every position edited, intervals on both; one line for each series of edits.
+
+    A series holds the conditions whose names differ in alpha alone. Controls are small and pale. The grey step is the
+    Pareto front: nothing measured lies below and left of it.
+    """
+    shown = [row for row in rows if "log_ppl" in row and row["means"] != "same"]  # held-out means where there are any
+    base = next(row for row in rows if row["condition"] == "none")
+    figure, axes = plt.subplots(figsize=(8, 5))
+    series: dict[tuple, list] = {}
+    for row in shown:
+        if row["kind"] == "none":
+            continue
+        words = [word for word in row["condition"].split() if not word.startswith(("a=", "x"))]
+        series.setdefault((" ".join(words), row["kind"]) if not row["of"] else ("control", row["kind"]), []).append(row)
+    markers = {"clamp": "o", "shift": "^", "scale": "D", "steer": "s"}
+    palette = plt.get_cmap("tab10").colors
+    names = [key for key in series if key[0] != "control"]
+    for (name, kind), points in series.items():
+        control = name == "control"
+        x = np.array([row["log_ppl"] for row in points])
+        y = np.array([row["toxicity"]["mean"] for row in points])
+        color = "0.65" if control else palette[names.index((name, kind)) % 10]
+        label = f"controls, {kind}" if control else f"{name}, {kind}".strip(", ")
+        if control:
+            axes.plot(x, y, markers[kind], color=color, ms=3, label=label)
+            continue
+        spread = [[row["toxicity"][end] for row in points] for end in ("low", "high")]
+        change = [[base["log_ppl"] + row["log_ppl_change"][end] for row in points] for end in ("low", "high")]
+        axes.errorbar(
+            x, y, yerr=np.abs(np.array(spread) - y), xerr=np.abs(np.array(change) - x), fmt=markers[kind] + "-",
+            ms=4, lw=0.9, elinewidth=0.5, color=color, label=label,
+        )  # fmt: skip
+    for name, text in (("none", "base model"), ("dpo", "DPO")):
+        for row in (row for row in rows if row["condition"] == name):
+            axes.plot(row["log_ppl"], row["toxicity"]["mean"], "k*" if name == "dpo" else "kX", ms=11, label=text)
+    front = pareto_front([(row["log_ppl"], row["toxicity"]["mean"]) for row in shown])
+    axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=0.8, ls=":")
+    axes.set_xscale("log")
+    ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15) if min(r["log_ppl"] for r in shown) * 0.97 <= t]
+    top = max(row["log_ppl"] for row in shown) * 1.03
+    axes.set_xticks([t for t in ticks if t <= top], [f"{t:g}" for t in ticks if t <= top])
+    axes.minorticks_off()
+    axes.set_xlabel("log-perplexity, edited at every position (nats per token)")
+    axes.set_ylabel(f"toxicity ({scorer})")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (both lower is better) that no other is at least as good as in both; from the left to the right."""
+    front, best = [], np.inf
+    for x, y in sorted(points):
+        if y < best:
+            front.append((x, y))
+            best = y
+    return front
+
+
+def opposing_by_layer(delta: np.ndarray, path: Path) -> None:
+    """What each layer's neurons take away from the toxic projection and what they add (Yang figures 1 and 5).
+
+    The area between is the net change: blue where the layer reduces, orange where it increases. delta
+    `[n_layers, d_mlp]`.
+    """
+    reduction, increase = np.clip(delta, 0, None).sum(1), -np.clip(delta, None, 0).sum(1)
+    blue, orange, layers = "#2c5aa0", "#e08e0b", np.arange(len(delta))
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for where, color in ((reduction >= increase, blue), (reduction <= increase, orange)):
+        axes.fill_between(layers, increase, reduction, where, color=color, interpolate=True, alpha=0.25, linewidth=0)
+    axes.plot(layers, reduction, "o-", ms=4, lw=0.8, color=blue, label="neurons that reduce")
+    axes.plot(layers, increase, "o-", ms=4, lw=0.8, color=orange, label="neurons that increase")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("summed change of\ntoxic projection (absolute)")
+    net = 100 * (reduction - increase).sum() / ((reduction + increase).sum() or 1)
+    axes.set_title(f"Opposing effects (cf. Yang et al. figures 1, 5); net: {net:.1f} % of both sums", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def shift_density(shift: np.ndarray, path: Path) -> None:
+    """Density of all neurons' activation shifts, before - after DPO (Yang figure 4), on a log scale for the tails."""
+    mean, sd = shift.mean(), shift.std()
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    axes.hist(shift.ravel(), 201, density=True, histtype="stepfilled", color="#2c5aa0", alpha=0.7)
+    axes.axvspan(mean - sd, mean + sd, color="#e08e0b", alpha=0.3, lw=0, label=f"mean {mean:.3g}, SD {sd:.3g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("activation shift (mean before - after DPO)")
+    axes.set_ylabel("density")
+    axes.set_title("Activation shifts of all neurons (cf. Yang et al. figure 4)", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def subspace(row: dict, published: dict, independent: float, path: Path) -> None:
+    """Shares of neurons with conflicting signs beside their controls, and how stable the subspace is (Yang app. G).
+
+    row: of toxic_subspace.py's record; independent: the share (%) that three independent signs give.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), gridspec_kw={"width_ratios": [1.3, 1]})
+    names = {"alignment": "alignment conflicts", "change": "change after DPO conflicts"}
+    bars = {
+        "toxic subspace": ("#c0392b", [row[name] for name in names], None),
+        "its 4 sign choices": ("#e8a79f", *_range([row[f"{name}_sign_choices"] for name in names])),
+        "random directions": ("0.65", *_range([row[f"{name}_random"] for name in names])),
+        f"published, {published['model']}": ("white", [published[name] for name in names], None),
+    }
+    for at, (label, (color, heights, around)) in enumerate(bars.items()):
+        places = np.arange(len(names)) + 0.2 * (at - 1.5)
+        drawn = left.bar(
+            places, heights, 0.19, yerr=around, color=color, edgecolor="0.3", lw=0.6, capsize=3, label=label
+        )
+        left.bar_label(drawn, [f"{height:.1f}" for height in heights], fontsize=7, label_type="center")
+    left.axhline(independent, color="black", ls=":", lw=1, label=f"independent signs, {independent:.0f} %")
+    left.set_xticks(range(len(names)), names.values(), fontsize=8)
+    left.set_ylim(0, 135)
+    left.set_yticks(range(0, 101, 25))
+    left.set_ylabel("% of neurons")
+    left.set_title("Conflicting signs along three directions", fontsize=10)
+    left.legend(frameon=False, fontsize=7, ncols=2, loc="upper center")
+    for step, marker in zip(row["stability"], "os", strict=False):
+        smaller, larger = step["vectors"]
+        for name, color, label in (("angles", "#c0392b", "best aligned"), ("angles_random", "0.5", "random neurons")):
+            right.plot(
+                [1, 2, 3], step[name], marker + "-", ms=5, lw=0.8, color=color, label=f"{label}, {smaller} to {larger}"
+            )
+    right.set_xticks([1, 2, 3])
+    right.set_ylim(0, 90)
+    right.set_yticks(range(0, 91, 15))
+    right.set_xlabel("principal angle")
+    right.set_ylabel("degrees")
+    right.set_title("How far more vectors turn the subspace", fontsize=10)
+    right.legend(frameon=False, fontsize=7)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _range(values: list[dict]) -> tuple[list[float], list[list[float]]]:
+    """Means and the error bars down to `low` and up to `high`, as matplotlib takes them."""
+    means = [value["mean"] for value in values]
+    return means, [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]

@@ -1,0 +1,90 @@
+"""What every script that looks at neurons and edits none does around its own measures: inputs, record, table."""
+
+from lib.cli import ARTIFACTS, INPUTS
+
+OPTIONS = tuple(name for name in (*INPUTS, *ARTIFACTS, "protocol", "remote", "out", "overwrite") if name != "passages")
+# `lib.experiment` asks for passages and scorers, which only an edit's effects need: the cheapest that there are.
+UNUSED = {"passages": "embedded", "scorer": "words", "second_scorer": None, "holdout": False}
+
+
+def begin(script: str, options: dict):
+    """Context: what is missing is made, the base model loaded, the output folder open; see `lib.experiment.begin`."""
+    from lib import experiment
+
+    return experiment.begin(script, {**options, **UNUSED})
+
+
+def write(run, rows: list[dict], published: dict, **params) -> dict:
+    """Write run.json; returns the record. rows: one a seed. published: `model` and its numbers, or nothing."""
+    import dataclasses
+    import time
+
+    from lib import results
+
+    record = {
+        "script": run.script,
+        "model": run.options["model"],
+        "params": {
+            "limit": len(run.prompts.items),
+            "seeds": run.seeds,
+            "batch_size": run.batch_size,
+            "protocol": run.options["protocol"],
+            **params,
+        },
+        "protocol": dataclasses.asdict(run.protocol),
+        "rows": rows,
+        "published": published,
+        "provenance": results.provenance(
+            model_revision=run.source.revision,
+            runs=run.settings["runs"],
+            data={"prompts": run.prompts.provenance},
+            dtype=str(run.base.dtype).removeprefix("torch."),
+            device=run.device,
+            seconds=round(time.monotonic() - run.started, 1),
+        ),
+    }
+    results.write_json(run.work / "run.json", record)
+    return record
+
+
+def show(console, record: dict, lines: list[tuple]) -> None:
+    """Print the record's table: a column for each seed, their mean and range, and the published numbers.
+
+    lines: (label, a value for each seed, published value or None). A value is a number or
+    `{"mean", "low", "high"}`.
+    """
+    from rich import box
+    from rich.table import Table
+
+    params, seeds, theirs = record["params"], record["params"]["seeds"], record["published"].get("model")
+    headers = ["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]
+    title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol"
+    table = Table(
+        *headers, *([f"published, {theirs}"] if theirs else []),
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for label, values, published in lines:
+        points = [value["mean"] if isinstance(value, dict) else value for value in values]
+        over = [f"{sum(points) / len(points):.4g} ({min(points):.4g}, {max(points):.4g})"] if len(seeds) > 1 else []
+        beside = [] if not theirs else ["" if published is None else f"{published:g}"]
+        table.add_row(label, *map(cell, values), *over, *beside)
+    console.print(table)
+
+
+def cell(value) -> str:
+    """`52.31`, or `0.26 [0.1, 0.4]` for a value with its interval or range."""
+    return (
+        f"{value['mean']:.3g} [{value['low']:.2g}, {value['high']:.2g}]" if isinstance(value, dict) else f"{value:.4g}"
+    )
+
+
+def percent(mask) -> float:
+    """How much of a bool tensor is true, in %."""
+    return 100 * float(mask.double().mean())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and range."""
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
