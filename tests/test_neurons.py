@@ -54,7 +54,9 @@ def test_top_counts_over_all_layers():
 def test_edits_hold_one_index_and_one_value_tensor_a_layer():
     mask = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     pre, post = torch.arange(9.0).view(3, 3), torch.full((3, 3), 10.0)
-    clamp, shift = interventions.clamp(mask, post), interventions.shift(mask, pre, post)
+    clamp, shift = interventions.clamp(mask, pre, post).edit(), interventions.shift(mask, pre, post).edit()
     assert [(e.layer, e.index.tolist(), e.value.tolist()) for e in clamp] == [(0, [0, 2], [10, 10]), (2, [1], [10])]
     assert [e.value.tolist() for e in shift] == [[10, 8], [3]]
-    assert clamp.n_neurons == 3
+    assert (clamp.kind, shift.kind) == ("clamp", "shift") and clamp.n_neurons == 3
+    scale = interventions.scale(mask, pre / 2).edit()
+    assert scale.kind == "scale" and [e.value.tolist() for e in scale] == [[0, 1], [3.5]]

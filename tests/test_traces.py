@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
 
-from lib import interventions, neurons
+from lib import interventions, neurons, probes
 from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
 from lib.models import FAMILIES as KINDS
 from lib.models import reach, value_vectors, write_gain
@@ -19,6 +19,7 @@ PROMPTS = [
     "Iron and copper are old",
 ]
 ALL, LAST, FIRST = slice(None), slice(-1, None), slice(0, 1)
+EDITS = ["clamp", "shift", "scale"]
 script = load_script("patch_four_groups")
 
 
@@ -65,19 +66,25 @@ def example_edit(kind: str):
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(LAYERS, NEURONS, generator=generator) < 0.5
     pre, post = torch.randn(2, LAYERS, NEURONS, generator=generator, dtype=torch.float64)
-    edit = interventions.clamp(mask, post) if kind == "clamp" else interventions.shift(mask, pre, post)
+    plan = {
+        "clamp": interventions.clamp(mask, pre, post),
+        "shift": interventions.shift(mask, pre, post),
+        "scale": interventions.scale(mask, post),
+    }[kind]
 
     def change_at(where):
         def change(layer, activations):
-            part = activations[:, where]
+            part, edited = activations[:, where], mask[layer]
             if kind == "clamp":
-                part[..., mask[layer]] = post[layer, mask[layer]].float()
+                part[..., edited] = post[layer, edited].float()
+            elif kind == "shift":
+                part[..., edited] += (post - pre)[layer, edited].float()
             else:
-                part[..., mask[layer]] += (post - pre)[layer, mask[layer]].float()
+                part[..., edited] *= post[layer, edited].float()
 
         return change
 
-    return edit, change_at
+    return plan.edit(), change_at
 
 
 def left_batch(model):
@@ -100,7 +107,7 @@ def raw_nll(raw, batch):
 
 
 @pytest.mark.parametrize("where", [LAST, ALL], ids=["last", "all"])
-@pytest.mark.parametrize("kind", ["clamp", "shift"])
+@pytest.mark.parametrize("kind", EDITS)
 def test_edited_generation_equals_raw_hooks(family, traced, raw, kind, where):
     model = traced(family)
     edit, change_at = example_edit(kind)
@@ -112,7 +119,7 @@ def test_edited_generation_equals_raw_hooks(family, traced, raw, kind, where):
 
 
 @pytest.mark.parametrize("where", [FIRST, ALL], ids=["first", "all"])
-@pytest.mark.parametrize("kind", ["clamp", "shift"])
+@pytest.mark.parametrize("kind", EDITS)
 def test_edited_likelihood_equals_raw_hooks(family, traced, raw, kind, where):
     model = traced(family)
     edit, change_at = example_edit(kind)
@@ -128,7 +135,8 @@ def test_no_edit_equals_the_model_itself(family, traced, raw):
     model = traced(family)
     batch = left_batch(model)
     assert torch.equal(script.generate(model, batch, interventions.NO_EDIT, ALL), raw_generate(raw, batch))
-    nothing = interventions.clamp(torch.zeros(LAYERS, NEURONS, dtype=torch.bool), torch.zeros(LAYERS, NEURONS))
+    zeros = torch.zeros(LAYERS, NEURONS)
+    nothing = interventions.clamp(zeros.bool(), zeros, zeros + 1).edit()
     assert nothing.n_neurons == 0
     assert torch.equal(script.generate(model, batch, nothing, ALL), raw_generate(raw, batch))
 
@@ -244,15 +252,14 @@ def test_value_projections(family, traced, raw):
 
 
 def test_probe_features_equal_hidden_states(family, traced, raw):
-    """sound: mean over real tokens before the final norm; faithful: over 128 left-padded positions, after it."""
+    """tokens: mean over real tokens before the final norm; padded: over 128 positions, padded with eos, after it."""
     model = traced(family)
-    train_probe = load_script("train_probe")
     comments = ["short one", "a somewhat longer comment, with more words than the first", "mid sized comment here"]
     kind = KINDS[family]
-    for protocol in ("sound", "faithful"):
-        found = train_probe.mean_residuals(model, comments, 2, protocol)
+    for over in ("tokens", "padded"):
+        found = probes.mean_residuals(model, comments, 2, over)
         for row, text in enumerate(comments):
-            if protocol == "sound":
+            if over == "tokens":
                 ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
                 kept = []
                 handle = reach(raw, kind.layers)[-1].register_forward_hook(
@@ -267,6 +274,7 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
                 batch = model.tokenizer(
                     text, return_tensors="pt", padding="max_length", padding_side="left", max_length=128
                 )
+                batch["input_ids"][batch["attention_mask"] == 0] = model.tokenizer.eos_token_id
                 positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
                 with torch.no_grad():
                     expected = raw(
@@ -281,7 +289,7 @@ def test_every_trace_can_be_shipped(family, traced):
     model = traced(family)
     batch = left_batch(model)
     (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2)
-    for kind in ("clamp", "shift"):
+    for kind in EDITS:
         edit, _ = example_edit(kind)
         assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
         torch.testing.assert_close(
@@ -291,6 +299,12 @@ def test_every_trace_can_be_shipped(family, traced):
     shipped, here = last_means(model, remote="local"), last_means(model)
     torch.testing.assert_close(shipped.activation, here.activation)
     torch.testing.assert_close(shipped.write, here.write)
-    features = load_script("train_probe").mean_residuals
     comments = ["a comment", "another and longer comment"]
-    assert (features(model, comments, 2, "sound", "local") == features(model, comments, 2, "sound")).all()
+    for over in ("tokens", "padded"):
+        features = probes.mean_residuals(model, comments, 2, over)
+        assert (probes.mean_residuals(model, comments, 2, over, "local") == features).all()
+    rows, counted = [[2, 30, 31, 32], [2, 40, 41]], [range(1, 4), range(0, 2)]
+    shipped, here = (neurons.text_means(model, rows, counted, 2, remote) for remote in ("local", False))
+    torch.testing.assert_close(shipped.write, here.write)
+    shipped, here = (neurons.released_means(model, PROMPTS, 2, 0, remote) for remote in ("local", False))
+    torch.testing.assert_close(shipped.write, here.write)
