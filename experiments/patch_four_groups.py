@@ -48,12 +48,20 @@ def _order(context, parameter, value):
     default="1",
     show_default=True,
     callback=numbers,
-    help="Go this far from before to after DPO, such as 0.5,1; all four groups only.",
+    help="With all four groups, also go this far from before to after DPO, such as 0.5,2.",
 )
-def main(order, strengths, **options):
+@click.option("--sets", help="Patch these sets alone, such as four_groups,increasing.  [default: all]")
+def main(order, strengths, sets, **options):
     from lib import controls, experiment
+    from lib.errors import UserError
 
-    with experiment.begin("patch_four_groups", {**options, "order": order, "strengths": strengths}) as run:
+    sets = sets.split(",") if sets else names(order)
+    if unknown := set(sets) - set(names(order)):
+        raise UserError(f"--sets {','.join(sorted(unknown))}: unknown; known: {', '.join(names(order))}.")
+
+    with experiment.begin(
+        "patch_four_groups", {**options, "order": order, "strengths": strengths, "sets": sets}
+    ) as run:
         norms = controls.value_norms(run.base)
         for stage in run.stages():
             found = attribute(run, stage)
@@ -61,9 +69,11 @@ def main(order, strengths, **options):
             edits = {
                 stage.condition(name if at == 1 else f"{name} x{at:g}", plan.kind): plan.edit(at)
                 for (name, _), plan in plans.items()
-                for at in (strengths if name == "four_groups" else [1])
+                if name in sets
+                for at in (sorted({*strengths, 1}) if name == "four_groups" else [1])
             }
-            for key in (("four_groups", "clamp"), ("four_groups", "shift")):
+            tested = "four_groups" if "four_groups" in sets else sets[-1]
+            for key in ((tested, "clamp"), (tested, "shift")):
 
                 def replan(probe, stage=stage, key=key):
                     return make_plans(attribute(run, stage, probe), order)[key]
@@ -85,17 +95,19 @@ def attribute(run, stage, probe=None) -> dict:
     )
 
 
+def names(order: tuple[str, ...]) -> list[str]:
+    """The sets of neurons that are patched, in the order of the table."""
+    return ["top256", *("+".join(order[:n]) for n in range(1, len(order))), "four_groups", "increasing"]
+
+
 def make_plans(found: dict, order: tuple[str, ...]) -> dict:
-    """(name, kind) -> plan of an edit of the base model, in the order of the table."""
+    """(name, kind) -> plan of an edit of the base model."""
     from lib import interventions, neurons
 
-    masks = {"top256": neurons.top(found["cosine"], TOP_N)}
-    for n in range(1, len(order) + 1):
-        name = "+".join(order[:n]) if n < len(order) else "four_groups"
-        masks[name] = sum(found["groups"][group] for group in order[:n]).bool()
-    masks["increasing"] = found["delta"] < 0
+    added = [sum(found["groups"][group] for group in order[:n]).bool() for n in range(1, len(order) + 1)]
+    masks = [neurons.top(found["cosine"], TOP_N), *added, found["delta"] < 0]
     plans = {}
-    for name, mask in masks.items():
+    for name, mask in zip(names(order), masks, strict=True):
         plans[name, "clamp"] = interventions.clamp(mask, found["pre"], found["post"])
         plans[name, "shift"] = interventions.shift(mask, found["pre"], found["post"])
     return plans

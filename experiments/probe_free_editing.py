@@ -11,7 +11,7 @@ the difference of the mean embeddings of a few toxic and plain words (table 7), 
                                        scale: (1 ∓ alpha) times each token's own activation, what its equation says;
                                        shift: each token's own activation ∓ alpha times the absolute mean
 
-`--controls quick` decides what an effect means: alpha = 0 (for a clamp: the means themselves) and -alpha for every edit;
+`--controls quick` decides what an effect means: alpha = 0 (of a clamp: the means themselves) and -alpha for every edit,
 for the largest alpha at the first beta random, matched and permuted neurons and random directions too.
 
 With --toxic-words and --plain-words (comma-separated, or a file) the direction is any concept's, away from the first
@@ -77,6 +77,8 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
         for stage in run.stages():
             edits = {}
             for name in representation:
+                if name == "tokens" and stage.seed != run.seeds[0]:
+                    continue  # no seed enters it
                 direction = stage.probe if name == "probe" else contrast(run, *words)
                 for kind in kinds:
                     plans = {
@@ -153,7 +155,7 @@ def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: 
 
 
 def controlled(run, stage, plans: dict, direction, name, kind, order, alpha, beta, norms) -> dict:
-    """alpha = 0 and -alpha for every edit, all controls for one: the share beta of it leaves other neurons to draw from."""
+    """alpha = 0 and -alpha for every edit; all controls for one, whose beta leaves other neurons to draw from."""
     from lib.interventions import NO_EDIT
 
     if run.options["controls"] == "none":
