@@ -1,5 +1,6 @@
 """The script as a whole, on tiny models: its record, and what a kill at any moment leaves of a run."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,12 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from test_cli import PATCH, inputs  # noqa: F401  a fixture
 
-KEPT = ("script", "model", "params", "rows", "groups", "group_shares", "percent_reducing", "percent_negative")
+from lib.protocol import FAITHFUL, SOUND
+
+KEPT = {
+    "script", "model", "params", "protocol", "rows", "groups", "group_shares", "reduction_shares", "percent_reducing",
+    "percent_negative", "anti_toxic_vectors", "provenance",
+}  # fmt: skip
 
 
 def command(options: dict) -> list[str]:
@@ -25,6 +31,12 @@ def without_times(folder) -> dict:
     argv = record["provenance"]["argv"]
     argv[argv.index("--out") + 1] = ""
     return record
+
+
+def unedited(folder) -> list[str]:
+    """The base model's continuations."""
+    lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    return [line["continuation"] for line in lines if line["name"] == "none"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def whole(inputs, tmp_path_factory):  # noqa: F811
 def test_the_record(whole):
     _, folder, done, _ = whole
     record = json.loads((folder / "run.json").read_text())
-    assert set(KEPT) < set(record)
+    assert set(record) == KEPT and record["protocol"] == dataclasses.asdict(SOUND)
     conditions = [(row["condition"], row["kind"]) for row in record["rows"]]
     sets = ["top256", "TP", "TP+AN", "TP+AN+TN", "four_groups", "increasing"]
     assert conditions == [("none", "none"), ("dpo", "none"), *((s, k) for s in sets for k in ("clamp", "shift"))]
@@ -51,10 +63,23 @@ def test_the_record(whole):
     assert rows["four_groups", "clamp"]["log_ppl"] != rows["four_groups", "clamp"]["log_ppl_first"]
     for row in record["rows"]:
         assert row["toxicity"]["low"] <= row["toxicity"]["mean"] <= row["toxicity"]["high"]
-        assert row["log_ppl_change"]["mean"] == pytest.approx(row["log_ppl"] - rows["none", "none"]["log_ppl"])
+        for name in ("log_ppl", "log_ppl_first"):
+            assert row[f"{name}_change"]["mean"] == pytest.approx(row[name] - rows["none", "none"][name])
+        assert row["of"] == "" and row["means"] is None and len(row["runs"]) == 1
+        assert row["runs"][0]["toxicity"] == pytest.approx(row["toxicity"]["mean"])
     lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     assert len(lines) == len(conditions) * 4
-    assert set(lines[0]) == {"condition", "kind", "prompt", "continuation", "toxicity"}
+    about = {"name", "kind", "of", "means", "seed", "draw"}
+    assert set(lines[0]) == about | {"prompt", "continuation", "toxicity"}
+    numbers = [json.loads(line) for line in (folder / "measurements.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["kind"]) for line in numbers] == conditions
+    assert set(numbers[0]) == about | {"toxicity", "repetition", "f1", "tokens", "nll", "nll_first"}
+    assert [line["toxicity"] for line in lines[:4]] == pytest.approx(numbers[0]["toxicity"], abs=1e-5)
+    vectors = record["anti_toxic_vectors"]
+    assert [vector["rank"] for vector in vectors] == list(range(1, 129))
+    assert [vector["cosine"] for vector in vectors] == sorted(vector["cosine"] for vector in vectors)
+    assert {len(tokens) for vector in vectors for tokens in vector["tokens"].values()} == {10}
+    assert set(vectors[0]["tokens"]) == {"raw", "normed"}
     tensors = load_file(folder / "activations.safetensors")
     assert {t.shape for t in tensors.values()} == {(3, 48)} and set(tensors) == {"pre", "post", "cosine", "delta"}
     figures = sorted(p.name for p in (folder / "figures").iterdir())
@@ -62,7 +87,9 @@ def test_the_record(whole):
         [
             "groups.png",
             "cumulative_reduction.png",
-            "activation_shifts.png",
+            "activation_shifts_2000.png",
+            "activation_shifts_0.png",
+            "activation_shifts_5000.png",
             "reduction_by_layer.png",
             "toxicity_perplexity.png",
         ]
@@ -105,7 +132,7 @@ def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions)
 
 
 def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):
-    """Out of the repository, in an empty folder, with another protocol: last position alone in generation."""
+    """Out of the repository, in an empty folder, with another protocol: every choice as released."""
     options, folder, _, cache = whole
     (tmp_path / "elsewhere").mkdir()
     copied = tmp_path / "elsewhere" / "my_patch.py"
@@ -113,7 +140,19 @@ def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):
     arguments = command({**options, "--out": "mine", "--protocol": "faithful"})[1:]
     done = run(copied, *arguments, cwd=tmp_path / "elsewhere", DPO_NEURONS_CACHE=cache)
     assert done.returncode == 0, done.stderr
-    faithful, sound = without_times(tmp_path / "elsewhere" / "mine"), without_times(folder)
+    mine = tmp_path / "elsewhere" / "mine"
+    faithful, sound = without_times(mine), without_times(folder)
+    assert faithful["protocol"] == dataclasses.asdict(FAITHFUL)
     assert {row["positions"] for row in faithful["rows"]} == {None, "last"}
-    assert faithful["rows"][2]["toxicity"] is not None and faithful["rows"] != sound["rows"]
-    assert faithful["rows"][0]["toxicity"] == sound["rows"][0]["toxicity"], "the unedited model is the same"
+    assert {row["positions"] for row in sound["rows"]} == {None, "all"}
+    rows = [{(row["condition"], row["kind"]): row for row in record["rows"]} for record in (faithful, sound)]
+    assert rows[0].keys() == rows[1].keys()
+    for key, row in rows[0].items():
+        assert row["toxicity"] != rows[1][key]["toxicity"] or row["log_ppl"] != rows[1][key]["log_ppl"], key
+    assert set(faithful["anti_toxic_vectors"][0]["tokens"]) == {"normed"}
+    # The model that is not edited goes on as before; the released removal of the prompt leaves one that was cut.
+    longer = 0
+    for ours, theirs in zip(*(unedited(path) for path in (folder, mine)), strict=True):
+        assert theirs.endswith(ours)
+        longer += theirs != ours
+    assert longer
