@@ -9,7 +9,7 @@ from conftest import LAYERS, NEURONS, ROOT, WIDTH, run, texts, write_lines
 from safetensors.torch import load_file, save_file
 
 PATCH = "experiments/patch_four_groups.py"
-COMMANDS = [["experiments/train_probe.py"], [PATCH], ["experiments/make_pairs.py"], ["-m", "dpo"]]
+COMMANDS = [*([f"experiments/{path.name}"] for path in sorted((ROOT / "experiments").glob("*.py"))), ["-m", "dpo"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[-1])
@@ -19,7 +19,7 @@ def test_help_answers_at_once(command):
         started = time.perf_counter()
         done = run(*command, "--help", cwd=ROOT)
         times.append(time.perf_counter() - started)
-        assert done.returncode == 0 and "--model" in done.stdout
+        assert done.returncode == 0 and "--out" in done.stdout
     assert min(times) < 1, times
 
 
@@ -42,9 +42,8 @@ def fails(command, says: str, cwd, *, changed: dict, cache=None):
     if command == [PATCH]:
         changed = {"--out": cwd / "out", **changed}
     before = sorted(p for p in cwd.rglob("*") if p.is_file() and "cache" not in p.parts)
-    done = run(
-        *command, *(part for pair in changed.items() for part in pair), cwd=ROOT, DPO_NEURONS_CACHE=str(cwd / "cache")
-    )
+    given = (part for pair in changed.items() for part in pair if part is not None)  # None: a flag
+    done = run(*command, *given, cwd=ROOT, DPO_NEURONS_CACHE=str(cwd / "cache"))
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr and says in done.stderr.splitlines()[-1], done.stderr[-2000:]
     assert sorted(p for p in cwd.rglob("*") if p.is_file() and "cache" not in p.parts) == before
@@ -57,13 +56,24 @@ def fails(command, says: str, cwd, *, changed: dict, cache=None):
         ({"--model": "gemma-9000"}, "known names: gemma-270m"),
         ({"--model": "./no/such/folder"}, "no such folder"),
         ({"--limit": 0}, "0 given, expected at least 1"),
-        ({"--batch-size": 0}, "0 given, expected at least 1"),
+        ({"--batch-size": 0}, "0 given, expected at least 1, or auto"),
+        ({"--batch-size": "many"}, "many given, expected at least 1, or auto"),
+        ({"--seeds": "0,0"}, "0,0 given, expected different whole numbers"),
+        ({"--seeds": "one"}, "one given, expected different whole numbers"),
+        ({"--strengths": "1,nan"}, "1,nan given, expected finite numbers"),
+        ({"--order": "TP,TN"}, "TP,TN given, expected TP, TN, AP and AN"),
+        ({"--sets": "fifth_group"}, "--sets fifth_group: unknown; known: top256"),
+        ({"--controls": "some"}, "'none', 'quick', 'full'"),
+        ({"--released": "luck"}, "luck given, expected some of edit_positions"),
+        ({"--released": "padding", "--protocol": "faithful"}, "leave one of them out"),
+        ({"--holdout": None, "--limit": 1}, "--holdout: needs at least two prompts"),
+        ({"--second-scorer": "words:missing.txt"}, "missing.txt: not a readable list of words"),
         ({"--prompts": "missing.jsonl"}, "--prompts missing.jsonl: No such file"),
         ({"--probe": "missing.safetensors"}, "no such file"),
         ({"--scorer": "perspective"}, "known: profanity-check"),
         ({"--post": "./missing"}, "--post ./missing: no such folder"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_options(inputs, tmp_path, changed, says):
     fails([PATCH], says, tmp_path, changed={**inputs, **changed})
@@ -170,3 +180,5 @@ def test_dpo_and_probe_refuse_bad_input(tmp_path, tiny):
     fails(["-m", "dpo"], "'pert_gen_text' is missing", tmp_path, changed={"--pairs": tmp_path / "bad.jsonl"})
     changed = {"--comments": tmp_path / "bad.jsonl", "--model": tiny("llama")}
     fails(["experiments/train_probe.py"], "line 1: 'toxic' is None", tmp_path, changed=changed)
+    for script in ("experiments/train_probe.py", "experiments/make_pairs.py"):
+        fails([script], "'auto' is not a valid integer", tmp_path, changed={"--batch-size": "auto"})

@@ -19,7 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "patch_four_groups.py"
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options("model", "device", "dtype", "batch-size")
+@options("model", "device", "dtype")
+@click.option("--batch-size", type=click.IntRange(1), default=48, show_default=True, help="Prompts.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Timed batches of each.")
 def main(model, device, dtype, batch_size, rounds):
     import torch
@@ -35,7 +36,7 @@ def main(model, device, dtype, batch_size, rounds):
     (batch,) = batches(traced.tokenizer, data.prompts().items[:batch_size], batch_size, traced.device)
     torch.manual_seed(0)
     shape = (n_layers(traced), d_mlp(traced))
-    edit = interventions.clamp(torch.rand(shape) < 0.5, 0.01 * torch.randn(shape))
+    edit = interventions.clamp(torch.rand(shape) < 0.5, torch.zeros(shape), 0.01 * torch.randn(shape)).edit()
     everywhere = slice(None)
 
     def raw() -> torch.Tensor:
