@@ -138,7 +138,7 @@ def word_pattern(path: Path) -> re.Pattern:
     if not words:
         raise UserError(f"{path}: holds no word.")
     stems = [re.escape(word[1:]) for word in words if word.startswith("*")]
-    whole = [rf"\b{re.escape(word)}\b" for word in words if not word.startswith("*")]
+    whole = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in words if not word.startswith("*")]
     return re.compile("|".join(stems + whole), re.IGNORECASE)
 
 

@@ -71,8 +71,40 @@ def test_profanity_check_orders_texts():
     assert len(scorer("profanity-check")([])) == 0
 
 
+def test_words_scores_one_for_a_listed_word(tmp_path):
+    found = scorer("words")(["What the fuck", "bullshitting about", "the class passed the assessment", ""])
+    assert found.tolist() == [1, 1, 0, 0]
+    (tmp_path / "own.txt").write_text("sad *terrib c++\n")
+    found = scorer(f"words:{tmp_path / 'own.txt'}")(["How SAD.", "sadly", "unterribly", "C++", "c", "fuck"])
+    assert found.tolist() == [1, 0, 1, 1, 0, 0], "whole words, stems anywhere, no other list, signs as they are"
+    assert scorer("words")([]).shape == (0,)
+
+
+def test_a_probe_of_another_model_scores(tiny, cache):
+    """sigmoid(w . mean residual + b), the residual stream taken from an independently loaded model."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny("gpt2")
+    score = scorer(f"probe:{folder}")
+    (file,) = cache.glob("probe/*/probe.safetensors")
+    probe = load_file(file)
+    texts = ["you are a complete idiot", "the garden in spring"]
+    raw, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    for text, found in zip(texts, score(texts), strict=True):
+        kept = []
+        handle = raw.transformer.h[-1].register_forward_hook(lambda m, args, out, kept=kept: kept.append(out))
+        with torch.no_grad():
+            raw(**tokenizer(text, return_tensors="pt"))
+        handle.remove()
+        hidden = (kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0])[0].mean(0)
+        assert found == pytest.approx(float(torch.sigmoid(hidden @ probe["direction"] + probe["bias"])), abs=1e-4)
+    assert np.isfinite(score(["", "  "])).all() and score([]).shape == (0,)
+
+
 def test_unknown_scorers_name_the_known_ones():
-    for name in ("perspective", "hf:", "detoxify:huge"):
+    for name in ("perspective", "hf:", "probe:", "detoxify:huge"):
         with pytest.raises(UserError, match="detoxify:unbiased"):
             scorer(name)
 
