@@ -56,7 +56,6 @@ def _several(*known):
 def main(representation, order, alpha, beta, kinds, positions, toxic_words, plain_words, **options):
     from lib import controls, experiment, paper
     from lib.errors import UserError
-    from lib.protocol import PROTOCOLS
 
     if not all(0 < share <= 1 for share in beta):
         raise UserError(f"--beta {','.join(map(str, beta))}: a share of neurons is above 0 and at most 1.")
@@ -65,7 +64,7 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
         read_words(toxic_words, "--toxic-words") or paper.TOXIC_WORDS,
         read_words(plain_words, "--plain-words") or paper.PLAIN_WORDS,
     ]
-    protocol = PROTOCOLS[options["protocol"]]
+    protocol = experiment.chosen_protocol(options)
     kinds = kinds or (["clamp", "scale"] if protocol.edit_kind == "scale" else ["clamp"])
     chosen = {"representation": representation, "order": order, "alpha": alpha, "beta": beta, "kinds": kinds}
     chosen |= {"positions": positions or protocol.edit_positions, "words": words}

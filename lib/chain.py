@@ -15,6 +15,7 @@ from lib.artifacts import file_sha256
 from lib.cli import default_data, default_limit
 from lib.errors import UserError
 from lib.models import Source, resolve
+from lib.protocol import PROTOCOLS, Protocol
 
 
 def texts(options: dict, needs: tuple[str, ...] = ("probe", "post")) -> tuple[data.Dataset, data.Dataset]:
@@ -33,13 +34,14 @@ def texts(options: dict, needs: tuple[str, ...] = ("probe", "post")) -> tuple[da
     return prompts, passages
 
 
-def probe_file(options: dict, seed: int) -> Path:
+def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
     """--probe, or the file that train_probe.py makes for a seed."""
     if given := options["probe"]:
         if not Path(given).is_file():
             raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
         return Path(given)
-    chosen = ["--comments", options["comments"], "--protocol", options["protocol"], "--seed", str(seed)]
+    features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
+    chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
     return trained_probe(*_common(options), *chosen)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import click
 
 from lib.embedded import EMBEDDED
+from lib.protocol import differences
 
 
 def _positive(context, parameter, value):
@@ -41,6 +42,14 @@ def numbers(context, parameter, value):
     return found
 
 
+def _released(context, parameter, value):
+    fields = [field.strip() for field in value.split(",")] if value else []
+    for field in fields:
+        if field not in differences():
+            raise click.BadParameter(f"{field} given, expected some of {', '.join(differences())}.")
+    return fields
+
+
 OPTIONS = {
     "model": click.option(
         "--model",
@@ -66,6 +75,9 @@ OPTIONS = {
         help="Train a probe and a DPO model with each of these seeds, such as 0,1,2.  [default: --seed]",
     ),
     "batch-size": click.option(
+        "--batch-size", type=int, default=48, show_default=True, callback=_positive, help="Prompts at once."
+    ),
+    "batch-size-or-auto": click.option(
         "--batch-size",
         default="48",
         show_default=True,
@@ -126,6 +138,12 @@ OPTIONS = {
         show_default=True,
         help="faithful: as the papers' released code computed its numbers.",
     ),
+    "released": click.option(
+        "--released",
+        callback=_released,
+        help="Take only these choices as the released code did, the others soundly, such as means_over,padding: the "
+        "fields of lib/protocol.py. To measure what one choice changes.",
+    ),
     "probe": click.option("--probe", help="A probe's safetensors file.  [default: train_probe.py makes it]"),
     "post": click.option(
         "--post", help="The model after DPO: a folder or a Hub id.  [default: `python -m dpo` makes it]"
@@ -149,9 +167,9 @@ def options(*names: str) -> Callable:
     return decorate
 
 
-INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size", "limit", "prompts", "passages")
+INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-or-auto", "limit", "prompts", "passages")
 ARTIFACTS = ("comments", "pairs", "probe", "post")
-MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "remote")
+MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote")
 OUTPUTS = ("out", "overwrite", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
 

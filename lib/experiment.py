@@ -23,7 +23,7 @@ from lib.data import Dataset
 from lib.errors import UserError
 from lib.interventions import NO_EDIT, Plan
 from lib.probes import Probe
-from lib.protocol import PROTOCOLS, Protocol
+from lib.protocol import PROTOCOLS, Protocol, with_released
 from lib.statistics import Bootstrap
 
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
@@ -90,6 +90,7 @@ class Experiment:
     out: Path
     settings: dict
     started: float
+    first_post: Any  # the first seed's model after DPO until its stage, or None
     measured: dict[Condition, dict] = dataclasses.field(default_factory=dict)
     neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
 
@@ -97,7 +98,9 @@ class Experiment:
         """For every seed, and with --holdout for both choices of prompts that means come from."""
         remote, dtype = self.options["remote"] or False, self.options["dtype"]
         for seed, (probe_file, post_source) in self.artifacts_of.items():
-            post = models.load_like(self.base, post_source, self.device, dtype) if post_source else None
+            post, self.first_post = self.first_post, None
+            if post is None and post_source:
+                post = models.load_like(self.base, post_source, self.device, dtype)
             probe = probes.load_probe(probe_file, self.base._module.config.hidden_size) if probe_file else None
             for name, prompts in self.mean_prompts.items():
                 pre, after = (
@@ -261,7 +264,7 @@ class Experiment:
         }
         results.write_lines(self.work / "generations.jsonl", _generations(shown, self.prompts.items))
         results.write_lines(self.work / "measurements.jsonl", _measurements(self.measured))
-        names = ("protocol", "scorer", "second_scorer", "controls", "holdout")
+        names = ("protocol", "released", "scorer", "second_scorer", "controls", "holdout")
         record = {
             "script": self.script,
             "model": self.options["model"],
@@ -310,6 +313,17 @@ class Experiment:
         console.print(f"Record, raw generations, tensors and figures: {self.out}", soft_wrap=True)
 
 
+def chosen_protocol(options: dict) -> Protocol:
+    """What --protocol and --released say. Raises UserError when they contradict each other."""
+    if not options["released"]:
+        return PROTOCOLS[options["protocol"]]
+    if options["protocol"] == "faithful":
+        raise UserError(
+            "--released: every choice of --protocol faithful is as released already; leave one of them out."
+        )
+    return with_released(*options["released"])
+
+
 @contextmanager
 def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")) -> Iterator[Experiment]:
     """Check the options, make what is missing, load the base model, and open the output folder.
@@ -323,7 +337,7 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
     started = time.monotonic()
     name = options["model"]
     options = {**options, "scorer": default_scorer(name, options["scorer"])}
-    protocol = PROTOCOLS[options["protocol"]]
+    protocol = chosen_protocol(options)
     seeds = options["seeds"] or [options["seed"]]
     out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
     artifacts.refuse_existing(out, options["overwrite"])
@@ -340,7 +354,7 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
     second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
     made = {
         seed: (
-            chain.probe_file(options, seed) if "probe" in needs else None,
+            chain.probe_file(options, seed, protocol) if "probe" in needs else None,
             chain.post_source(options, seed) if "post" in needs else None,
         )
         for seed in seeds
@@ -350,11 +364,15 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
     if batch_size == "auto":
         batch_size = min(generation.fitting_batch_size(base), len(prompts.items))
     texts = evaluation.make_texts(base, prompts.items, passages.items, f"--passages {passages.source}", protocol)
+    for file in {file for file, _ in made.values() if file}:  # what is wrong with it is told now
+        probes.load_probe(file, base._module.config.hidden_size)
+    first = made[seeds[0]][1]
+    first_post = models.load_like(base, first, device, options["dtype"]) if first else None
     settings = chain.settings(options, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         yield Experiment(
             script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,
-            toxicity, second, made, work, out, settings, started,
+            toxicity, second, made, work, out, settings, started, first_post,
         )  # fmt: skip
 
 

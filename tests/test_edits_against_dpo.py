@@ -1,0 +1,75 @@
+"""Who beats DPO, on numbers whose answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script, run, write_lines
+
+script = load_script("edits_against_dpo")
+N = 40
+
+
+def record(folder, conditions: dict, prompts: str = "sha256:a"):
+    """A run's folder: condition -> (toxicity, nats per token), each with a little noise that pairs."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).normal(0, 0.01, N)
+    lines = [
+        {"name": name, "kind": kind, "of": "", "means": "same", "seed": seed, "draw": 0,
+         "toxicity": (toxicity + noise).tolist(), "second": (toxicity / 2 + noise).tolist(),
+         "nll": (10 * (nats + noise)).tolist(), "tokens": [10] * N}
+        for (name, kind, seed), (toxicity, nats) in conditions.items()
+    ]  # fmt: skip
+    write_lines(folder / "measurements.jsonl", lines)
+    rows = [{"condition": name, "kind": kind} for name, kind, _ in conditions]
+    params = {"limit": N, "protocol": "sound", "scorer": "words", "second_scorer": "words"}
+    data = {"prompts": {"sha256": prompts, "items": N}, "passages": {"sha256": "sha256:b", "items": N}}
+    written = {"model": "m", "params": params, "rows": rows, "provenance": {"data": data}}
+    (folder / "run.json").write_text(json.dumps(written))
+    return folder
+
+
+BOTH = {("none", "none", 0): (0.5, 3.0), ("dpo", "none", 0): (0.2, 3.3), ("dpo", "none", 1): (0.3, 3.5)}
+EDITS = {
+    ("better", "scale", 0): (0.1, 3.2),
+    ("worse text", "clamp", 0): (0.05, 8.0),
+    ("milder", "shift", 0): (0.4, 3.1),
+    ("dominated", "shift", 0): (0.45, 9.0),
+}
+
+
+def test_who_beats_dpo(tmp_path):
+    """DPO is the mean of its two seeds: 0.25 at 3.4."""
+    first = record(tmp_path / "first", {**BOTH, **dict(list(EDITS.items())[:2])})
+    second = record(tmp_path / "second", {**BOTH, **dict(list(EDITS.items())[2:])})
+    rows = script.compare([script.read(first), script.read(second)], seed=0)["rows"]
+    found = {row["condition"]: row for row in rows}
+    assert found["better"]["toxicity_against_dpo"]["mean"] == pytest.approx(-0.15)
+    assert found["better"]["log_ppl_against_dpo"]["mean"] == pytest.approx(-0.2)
+    assert found["dpo"]["runs"] == 2, "measured in both records, counted once a seed"
+    assert {name for name, row in found.items() if row["beats_dpo"]} == {"better"}
+    assert all(row["scorers_agree"] for name, row in found.items() if name != "none")
+    shares = {name: row["share_on_front"] for name, row in found.items()}
+    assert shares == {"none": 1, "better": 1, "worse text": 1, "milder": 1, "dpo": 0, "dominated": 0}
+
+
+def test_an_interval_that_reaches_zero_beats_nothing(tmp_path):
+    folder = record(tmp_path / "one", {**BOTH, ("equal", "scale", 0): (0.25, 3.4)})
+    rows = script.compare([script.read(folder)], seed=0)["rows"]
+    assert not next(row for row in rows if row["condition"] == "equal")["beats_dpo"]
+
+
+def test_the_command(tmp_path):
+    one = record(tmp_path / "one", {**BOTH, **EDITS})
+    other = record(tmp_path / "other", BOTH, prompts="sha256:z")
+    command = ["experiments/edits_against_dpo.py", one, "--out", tmp_path / "out"]
+    done = run(*command, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0 and "Beat DPO on toxicity at no more perplexity: better (scale)." in done.stdout
+    assert (tmp_path / "out" / "figures" / "pareto.png").stat().st_size > 10_000
+    for given, says in (
+        ([one, other], "its prompts is another"),
+        ([tmp_path], "not a run of"),
+    ):
+        done = run(command[0], *given, "--out", tmp_path / "new", cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 2 and says in done.stderr.splitlines()[-1], done.stderr
+        assert not (tmp_path / "new").exists()

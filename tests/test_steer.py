@@ -1,0 +1,102 @@
+"""Steering against raw hooks on every family, and the search for alpha."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, WIDTH, load_script, run, texts
+from test_cli import inputs  # noqa: F401  a fixture
+from test_traces import left_batch, raw_generate, raw_nll
+
+from lib.generation import right_padded, windows
+from lib.interventions import NO_EDIT
+from lib.models import FAMILIES as KINDS
+from lib.models import reach
+
+script = load_script("steer")
+ALL, LAST = slice(None), slice(-1, None)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def raw(family, tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+
+
+def subtracted(raw, family, vector, at, where):
+    """A raw hook that subtracts the vector from the last layer's output, or from its MLP's."""
+    last = reach(raw, KINDS[family].layers)[-1]
+
+    def hook(module, args, output):
+        first = (output[0] if isinstance(output, tuple) else output).clone()
+        first[:, where] -= vector
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    return (last if at == "residual" else last.mlp).register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("at", ["residual", "mlp"])
+def test_steering_equals_raw_hooks(family, traced, raw, at):
+    model = traced(family)
+    vector = 3 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    edit = script.Steering(vector, at)
+    (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:3], 40, 20), 3)
+    batch = left_batch(model)
+    plain = raw_nll(raw, right)
+    for where in (ALL, LAST):
+        handle = subtracted(raw, family, vector, at, where)
+        try:
+            expected, nll = raw_generate(raw, batch), raw_nll(raw, right)
+        finally:
+            handle.remove()
+        assert torch.equal(script.generate(model, batch, edit, where), expected)
+        found = script.negative_log_likelihood(model, right, edit, where)
+        torch.testing.assert_close(found, nll, rtol=1e-5, atol=1e-5)
+    assert (nll - plain).abs().max() > 1e-3 or where == LAST
+    assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
+    shipped = script.negative_log_likelihood(model, right, edit, ALL, "local")
+    torch.testing.assert_close(shipped, script.negative_log_likelihood(model, right, edit, ALL))
+    torch.testing.assert_close(script.negative_log_likelihood(model, right, NO_EDIT, ALL), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_search_keeps_perplexity_within_its_factor(inputs, tmp_path, tiny):  # noqa: F811
+    """The alpha found keeps the factor, measured again by raw hooks; a tenth more does not."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lib import data
+
+    out = tmp_path / "out"
+    changed = {**inputs, "--limit": 2, "--factor": 1.05, "--controls": "quick", "--out": out}
+    parts = [str(part) for pair in changed.items() for part in pair]
+    done = run("experiments/steer.py", *parts, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((out / "run.json").read_text())
+    alpha = record["searched_alpha"]["0"]
+    rows = {row["condition"]: row for row in record["rows"]}
+    assert {"control:flipped", "control:zero", "control:gaussian"} < set(rows)
+    assert len(rows["control:gaussian"]["runs"]) == 3
+    assert rows["steer alpha*"]["log_ppl"] <= rows["none"]["log_ppl"] + math.log(1.05) + 1e-6
+
+    raw = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    direction = load_file(inputs["--probe"])["direction"]
+    rows = windows(tokenizer, data.passages("embedded").items[:1], 64, 52)
+
+    def log_perplexity(factor: float) -> float:
+        handle = subtracted(raw, "llama", factor * direction, "residual", ALL)
+        try:
+            (batch,) = right_padded(rows, len(rows))
+            return float(raw_nll(raw, batch).sum()) / sum(len(ids) - 1 for ids in rows)
+        finally:
+            handle.remove()
+
+    limit = log_perplexity(0) + math.log(1.05)
+    assert log_perplexity(alpha) <= limit + 1e-5 < log_perplexity(1.1 * alpha)
