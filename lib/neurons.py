@@ -271,12 +271,14 @@ def select(
 
     order:
         aligned: the largest |cosine| with the direction first, in every group.
-        released: the largest cosine first, as the released code takes it: in the anti-toxic groups the least aligned.
+        released: as the released notebook: the largest |cosine| first in TP and AN, the smallest first in AP and TN.
         activation: the smallest absolute mean activation first (Yang table 19, `ascending activation`).
     """
-    score = {"aligned": cosine.abs(), "released": cosine, "activation": -pre.abs()}[order]
+    aligned = cosine.abs()
     chosen = {}
     for name, mask in masks.items():
+        last = order == "released" and name in ("AP", "TN")
+        score = -pre.abs() if order == "activation" else -aligned if last else aligned
         among = torch.where(mask, score, -torch.inf)
         chosen[name] = top(among, round(fraction * int(mask.sum()))) & mask
     return chosen

@@ -24,8 +24,8 @@ class Protocol:
     delta: str  # `pre - post` in both: above 0 means that DPO reduced the toxic projection
     value_vectors: str  # as the residual stream sees them: `written` through Gemma's norm / the weight's `raw` rows
     lens: str  # nearest tokens of value vectors from `both` the raw vector and the normed one / the `normed` one
-    beta_order: str  # section 6 takes the most `aligned` of every group / the most toxic-aligned of TP and AN, the
-    # least of AP and TN (`released`)
+    beta_order: str  # section 6 takes the most `aligned` of every group / the most aligned of TP and AN, the least
+    # aligned of AP and TN (`released`)
     contrast_rows: str  # word vectors from `both` the unembedding and the input embedding / the `lm_head` alone
     neuron_index: str  # `corrected` in both: a flat index is divided by d_mlp
 

@@ -25,7 +25,8 @@ def versions() -> dict[str, str]:
 
 def provenance(**more) -> dict:
     """Command line, commit and versions, with `more` beside them."""
-    return {"argv": ["python", _relative(sys.argv[0]), *sys.argv[1:]], **commit(), "versions": versions(), **more}
+    given = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]  # no one's home folder
+    return {"argv": ["python", _relative(sys.argv[0]), *given], **commit(), "versions": versions(), **more}
 
 
 def commit() -> dict:
