@@ -131,19 +131,17 @@ def residual_length(run) -> float:
 
 def controlled(run, stage, name: str, alpha: float) -> dict:
     """The controls of the first alpha: its sign, and other directions of the same length in the probe's place."""
-    from lib import controls
     from lib.interventions import NO_EDIT
 
-    level, size = run.options["controls"], stage.probe.direction.norm()
-    if level == "none":
+    if run.options["controls"] == "none":
         return {}
+    size = stage.probe.direction.norm()
     condition = partial(stage.condition, kind="steer", of=f"steer {name}")
     edits = {
         condition("control:zero"): NO_EDIT,
         condition("control:flipped"): steering(run, stage.probe, -alpha),
     }
-    draws = controls.draws(level, run.seeds.index(stage.seed), len(run.seeds))
-    for control, draw, probe in controls.of_direction(stage.probe, stage.probe_file, draws, stage.seed):
+    for control, draw, probe in run.other_directions(stage):
         vector = alpha * size * probe.unit.float()
         edits[condition(f"control:{control}", draw=draw)] = Steering(vector, run.protocol.steer_at)
     return edits

@@ -93,6 +93,7 @@ class Experiment:
     first_post: Any  # the first seed's model after DPO until its stage, or None
     measured: dict[Condition, dict] = dataclasses.field(default_factory=dict)
     neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
+    directions: dict[int, list] = dataclasses.field(default_factory=dict)  # seed -> control directions of its probe
 
     def stages(self) -> Iterator[Stage]:
         """For every seed, and with --holdout for both choices of prompts that means come from."""
@@ -187,17 +188,27 @@ class Experiment:
         level, found = self.options["controls"], {}
         if level == "none":
             return found
-        draws = controls.draws(level, self.seeds.index(stage.seed), len(self.seeds))
-        for control, draw, other, strength in controls.of_plan(plan, draws, stage.seed, features):
+        for control, draw, other, strength in controls.of_plan(plan, self.draws(stage), stage.seed, features):
             unedited = control == "zero"
             found[stage.condition(f"control:{control}", plan.kind, name, draw)] = (
                 NO_EDIT if unedited else other.edit(strength)
             )
-        for control, draw, probe in controls.of_direction(
-            direction or stage.probe, None if direction else stage.probe_file, draws, stage.seed
-        ):
+        for control, draw, probe in self.other_directions(stage, direction):
             found[stage.condition(f"control:{control}", plan.kind, name, draw)] = replan(probe).edit()
         return found
+
+    def draws(self, stage: Stage) -> list[int]:
+        """The draws of each random control that this stage's seed measures."""
+        return controls.draws(self.options["controls"], self.seeds.index(stage.seed), len(self.seeds))
+
+    def other_directions(self, stage: Stage, direction: Probe | None = None) -> list[tuple[str, int, Probe]]:
+        """(control, draw, direction) in place of the stage's probe, or of a `direction` that has no labels."""
+        if direction:
+            return list(controls.of_direction(direction, None, self.draws(stage), stage.seed))
+        if stage.seed not in self.directions:  # fitting a probe takes half a minute
+            found = controls.of_direction(stage.probe, stage.probe_file, self.draws(stage), stage.seed)
+            self.directions[stage.seed] = list(found)
+        return self.directions[stage.seed]
 
     def rows(self, published: Callable[[str, str], dict]) -> list[dict]:
         """The table: one row for each condition, averaged over seeds and draws, controls below what they belong to.
