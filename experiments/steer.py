@@ -2,14 +2,14 @@
 
 The claim: if the probe's direction W writes toxicity, then subtracting alpha W at the last layer, at every token, makes
 the text less toxic; the paper takes it as a baseline, with alpha chosen to keep perplexity. W enters as the probe file
-has it, so alpha means another thing for every probe: the table gives |alpha W| relative to the residual stream too.
+has it, so an alpha belongs to one probe; run.json gives |W| and the length of the stream that it is subtracted from.
 
-Without --alpha, alpha is searched: the largest whose perplexity stays within --factor of the base model's (measured with
-every token steered). That alpha, its half and its double are then measured.
+Without --alpha, alpha is searched: the largest whose perplexity stays within --factor of the base model's (with every
+token steered). That alpha, its half and its double are then measured.
 
 sound:    subtracted from the residual stream after the last layer, as the paper's equation says.
-faithful: subtracted from the last layer's MLP output, as its code does; in Gemma a norm follows there, which undoes most
-          of a large alpha.
+faithful: subtracted from the last layer's MLP output, as its code does; in Gemma a norm follows there, so that a large
+          alpha drowns the layer's own output and then grows no stronger.
 
 `--controls quick`: -alpha, random directions of the same length, and probes fitted on shuffled labels.
 
