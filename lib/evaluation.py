@@ -56,6 +56,7 @@ def measure(
     likelihood: Callable[[dict, slice], torch.Tensor],
     edited: bool,
     brief: bool = False,
+    position_0: bool = True,
 ) -> dict[str, list]:
     """Measure one condition.
 
@@ -64,6 +65,7 @@ def measure(
         likelihood: right-padded batch, edited positions -> summed negative log-likelihood `[batch]`, nats.
         edited: False: the model as it is, for which both perplexities are one.
         brief: for controls: no F1, and the protocol's own perplexity alone.
+        position_0: also perplexity with position 0 edited alone, as the papers have it (of clamps).
 
     Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
         with every position edited, `nll_first` with position 0 edited alone, in nats).
@@ -99,7 +101,7 @@ def measure(
         nll["nll"] = total(EVERYWHERE)
     if not edited and "nll" in nll:
         nll["nll_first"] = nll["nll"]
-    elif not brief or protocol.perplexity_edit == "first":
+    elif position_0 and not brief or protocol.perplexity_edit == "first":
         nll["nll_first"] = total(FIRST)
     short = 1 if protocol.perplexity_windows == "passage" else 0  # the released code divides n - 1 terms by n
     return {

@@ -5,6 +5,8 @@ activations for every seed, measures each condition once, compares it with its c
 """
 
 import dataclasses
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -130,13 +132,16 @@ class Experiment:
         whole = {none: NO_EDIT, **({dpo: NO_EDIT} if stage.post else {}), **edits}
         todo = {key: edit for key, edit in whole.items() if key not in self.measured}
         for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
-            if edit is NO_EDIT and condition not in (none, dpo):
+            if condition in (none, dpo):
+                which = (stage.post, self.artifacts_of[stage.seed][1]) if condition == dpo else (self.base, self.source)
+                self.measured[condition] = self._unedited(*which, generate, likelihood)
+                continue
+            if edit is NO_EDIT:
                 self.measured[condition] = self.measured[none]
                 continue
-            model = stage.post if condition == dpo else self.base
             self.measured[condition] = results.once(
                 self.work / "conditions" / condition.file,
-                partial(self._measure, model, edit, generate, likelihood, self._brief(condition)),
+                partial(self._measure, self.base, edit, generate, likelihood, self._brief(condition), condition.kind),
             )
             self.neurons[condition] = getattr(edit, "n_neurons", 0)
 
@@ -144,7 +149,25 @@ class Experiment:
         """F1 and the second perplexity are measured once, for what is not a control."""
         return bool(condition.of) or condition.seed != self.seeds[0]
 
-    def _measure(self, model, edit, generate, likelihood, brief: bool) -> dict:
+    def _unedited(self, model, source: models.Source, generate, likelihood) -> dict:
+        """A model as it is, measured once for all scripts and kept in the cache."""
+        fields = {
+            "model": source.revision,
+            "texts": hashlib.sha256(json.dumps(dataclasses.astuple(self.texts)).encode()).hexdigest(),
+            "protocol": dataclasses.asdict(self.protocol),
+            **{name: self.options[name] for name in ("scorer", "dtype", "remote")},
+            "device": self.device,
+            "batch_size": self.batch_size,
+            "code": artifacts.code_version(evaluation.__file__, generation.__file__, metrics.__file__),
+        }
+
+        def build(folder: Path) -> None:
+            measured = self._measure(model, NO_EDIT, generate, likelihood, brief=False, kind="none")
+            results.write_json(folder / "measured.json", measured)
+
+        return json.loads((artifacts.make("unedited", fields, build) / "measured.json").read_text(encoding="utf-8"))
+
+    def _measure(self, model, edit, generate, likelihood, brief: bool, kind: str) -> dict:
         remote = self.options["remote"] or False
         while True:
             try:
@@ -154,6 +177,7 @@ class Experiment:
                     likelihood=lambda batch, where: likelihood(model, batch, edit, where, remote),
                     edited=edit is not NO_EDIT,
                     brief=brief,
+                    position_0=kind == "clamp",
                 )  # fmt: skip
             except RuntimeError as error:  # torch.OutOfMemoryError is one too
                 if not generation.out_of_memory(error):

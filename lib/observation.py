@@ -58,28 +58,37 @@ def show(console, record: dict, lines: list[tuple]) -> None:
     from rich.table import Table
 
     params, seeds, theirs = record["params"], record["params"]["seeds"], record["published"].get("model")
-    headers = ["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]
     but = f" but {', '.join(params['released'])}" if params["released"] else ""
-    title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{but}"
-    table = Table(
-        *headers, *([f"published, {theirs}"] if theirs else []),
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    cells = [["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]]
+    cells[0] += [f"published, {theirs}"] if theirs else []
     for label, values, published in lines:
         points = [value["mean"] if isinstance(value, dict) else value for value in values]
-        over = [f"{sum(points) / len(points):.4g} ({min(points):.4g}, {max(points):.4g})"] if len(seeds) > 1 else []
-        beside = [] if not theirs else ["" if published is None else f"{published:g}"]
-        table.add_row(label, *map(cell, values), *over, *beside)
+        over = [f"{number(sum(points) / len(points))} ({number(min(points))}, {number(max(points))})"]
+        beside = ["" if published is None else number(published)]
+        cells.append([label, *map(cell, values), *(over if len(seeds) > 1 else []), *(beside if theirs else [])])
+    table = Table(
+        *cells[0], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
+        title=f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{but}",
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in cells[1:]:
+        table.add_row(*row)
+    # No line is wrapped: on a narrow screen a table of several seeds is cut by the terminal, not by us.
+    console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)))
     console.print(table)
 
 
+def number(value: float) -> str:
+    """`51.42`, `0.228`, `5.5e-05`."""
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+
+
 def cell(value) -> str:
-    """`52.31`, or `0.26 [0.1, 0.4]` for a value with its interval or range."""
-    return (
-        f"{value['mean']:.3g} [{value['low']:.2g}, {value['high']:.2g}]" if isinstance(value, dict) else f"{value:.4g}"
-    )
+    """`51.42`, or `0.228 [0.19, 0.39]` for a value with its interval or range."""
+    if not isinstance(value, dict):
+        return number(value)
+    return f"{number(value['mean'])} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
 def percent(mask) -> float:

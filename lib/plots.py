@@ -298,8 +298,10 @@ def shift_density(shift: np.ndarray, path: Path) -> None:
     """Density of all neurons' activation shifts, before - after DPO (Yang figure 4), on a log scale for the tails."""
     mean, sd = shift.mean(), shift.std()
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    axes.hist(shift.ravel(), 201, density=True, histtype="stepfilled", color="#2c5aa0", alpha=0.7)
-    axes.axvspan(mean - sd, mean + sd, color="#e08e0b", alpha=0.3, lw=0, label=f"mean {mean:.3g}, SD {sd:.3g}")
+    axes.hist(shift.ravel(), 201, density=True, histtype="stepfilled", color="#2c5aa0")
+    axes.axvspan(
+        mean - sd, mean + sd, color="#e08e0b", alpha=0.4, lw=0, zorder=0, label=f"mean {mean:.2g} ± 1 SD, {sd:.3g}"
+    )
     axes.set_yscale("log")
     axes.set_xlabel("activation shift (mean before - after DPO)")
     axes.set_ylabel("density")
