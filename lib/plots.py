@@ -222,13 +222,14 @@ def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     for row in shown:
         if row["kind"] == "none":
             continue
-        words = [word for word in row["condition"].split() if not word.startswith(("a=", "x"))]
+        words = [word for word in row["condition"].split() if not word.startswith(("a=", "x", "alpha"))]
         series.setdefault((" ".join(words), row["kind"]) if not row["of"] else ("control", row["kind"]), []).append(row)
     markers = {"clamp": "o", "shift": "^", "scale": "D", "steer": "s"}
     palette = plt.get_cmap("tab10").colors
     names = [key for key in series if key[0] != "control"]
     for (name, kind), points in series.items():
         control = name == "control"
+        points.sort(key=lambda row: row["log_ppl"])
         x = np.array([row["log_ppl"] for row in points])
         y = np.array([row["toxicity"]["mean"] for row in points])
         color = "0.65" if control else palette[names.index((name, kind)) % 10]
