@@ -63,7 +63,7 @@ def test_the_record(whole):
     assert rows["four_groups", "clamp"]["log_ppl"] != rows["four_groups", "clamp"]["log_ppl_first"]
     for row in record["rows"]:
         assert row["toxicity"]["low"] <= row["toxicity"]["mean"] <= row["toxicity"]["high"]
-        for name in ("log_ppl", "log_ppl_first"):
+        for name in ("log_ppl", *(["log_ppl_first"] if row["kind"] != "shift" else [])):
             assert row[f"{name}_change"]["mean"] == pytest.approx(row[name] - rows["none", "none"][name])
         assert row["of"] == "" and row["means"] is None and len(row["runs"]) == 1
         assert row["runs"][0]["toxicity"] == pytest.approx(row["toxicity"]["mean"])
@@ -73,7 +73,9 @@ def test_the_record(whole):
     assert set(lines[0]) == about | {"prompt", "continuation", "toxicity"}
     numbers = [json.loads(line) for line in (folder / "measurements.jsonl").read_text().splitlines()]
     assert [(line["name"], line["kind"]) for line in numbers] == conditions
-    assert set(numbers[0]) == about | {"toxicity", "repetition", "f1", "tokens", "nll", "nll_first"}
+    for line in numbers:  # position 0 alone: what the papers' perplexity of their edit, a clamp, is of
+        first = set() if line["kind"] == "shift" else {"nll_first"}
+        assert set(line) == about | {"toxicity", "repetition", "f1", "tokens", "nll"} | first
     assert [line["toxicity"] for line in lines[:4]] == pytest.approx(numbers[0]["toxicity"], abs=1e-5)
     vectors = record["anti_toxic_vectors"]
     assert [vector["rank"] for vector in vectors] == list(range(1, 129))
