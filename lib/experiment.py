@@ -106,12 +106,12 @@ class Experiment:
                 post = models.load_like(self.base, post_source, self.device, dtype)
             probe = probes.load_probe(probe_file, self.base._module.config.hidden_size) if probe_file else None
             for name, prompts in self.mean_prompts.items():
-                pre, after = (
-                    neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
-                    if model
-                    else None
-                    for model, source in ((self.base, self.source), (post, post_source))
-                )
+
+                def means(model, source, prompts=prompts, seed=seed):
+                    return neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
+
+                pre = self.fitting(partial(means, self.base, self.source))
+                after = self.fitting(partial(means, post, post_source)) if post else None
                 yield Stage(seed, name, probe, probe_file, post, pre, after)
 
     def measure(
@@ -169,16 +169,26 @@ class Experiment:
 
     def _measure(self, model, edit, generate, likelihood, brief: bool, kind: str) -> dict:
         remote = self.options["remote"] or False
+        return self.fitting(
+            lambda: evaluation.measure(
+                model, self.texts, self.toxicity, self.batch_size, self.protocol,
+                generate=lambda batch, where: generate(model, batch, edit, where, remote),
+                likelihood=lambda batch, where: likelihood(model, batch, edit, where, remote),
+                edited=edit is not NO_EDIT,
+                brief=brief,
+                position_0=kind == "clamp",
+            )
+        )  # fmt: skip
+
+    def fitting(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns; with --batch-size auto again with half as many prompts at once while memory runs out.
+
+        Raises:
+            UserError: out of memory with a batch size that the user chose, or with one prompt.
+        """
         while True:
             try:
-                return evaluation.measure(
-                    model, self.texts, self.toxicity, self.batch_size, self.protocol,
-                    generate=lambda batch, where: generate(model, batch, edit, where, remote),
-                    likelihood=lambda batch, where: likelihood(model, batch, edit, where, remote),
-                    edited=edit is not NO_EDIT,
-                    brief=brief,
-                    position_0=kind == "clamp",
-                )  # fmt: skip
+                return work()
             except RuntimeError as error:  # torch.OutOfMemoryError is one too
                 if not generation.out_of_memory(error):
                     raise
