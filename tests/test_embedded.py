@@ -18,7 +18,8 @@ def test_the_whole_chain(tmp_path):
         files += [f"--{name}", file]
     cache = os.environ.get("DPO_NEURONS_CACHE", str(tmp_path / "cache"))
     arguments = ["experiments/patch_four_groups.py", "--limit", 8, *files, "--out", tmp_path / "out"]
-    done = run(*arguments, cwd=ROOT, timeout=1500, DPO_NEURONS_CACHE=cache)
+    threads = str(os.cpu_count())  # a real model has use for them
+    done = run(*arguments, cwd=ROOT, timeout=1500, DPO_NEURONS_CACHE=cache, OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     rows = {(row["condition"], row["kind"]): row for row in record["rows"]}
@@ -30,5 +31,8 @@ def test_the_whole_chain(tmp_path):
     assert rows["four_groups", "clamp"]["neurons"] == sum(record["groups"].values()) > 10_000
     assert rows["four_groups", "shift"]["log_ppl"] < rows["four_groups", "clamp"]["log_ppl"]
     assert record["provenance"]["data"]["prompts"]["items"] == 8
+    assert rows["none", "none"]["log_ppl"] == rows["none", "none"]["log_ppl_first"]
+    assert rows["increasing", "clamp"]["log_ppl"] > rows["increasing", "clamp"]["log_ppl_first"]
+    assert len(record["anti_toxic_vectors"]) == 128 and record["anti_toxic_vectors"][0]["cosine"] < 0
     first = json.loads((tmp_path / "out" / "generations.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == texts("prompts", "prompt")[0]
