@@ -123,6 +123,7 @@ def reduction_by_layer(delta: np.ndarray, masks: dict[str, np.ndarray], path: Pa
 
 def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
     """Toxicity with intervals against log-perplexity with every position edited, one point per condition."""
+    rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
     figure, axes = plt.subplots(figsize=(7, 4.6))
     style = {"none": ("k", "s"), "clamp": ("#c0392b", "o"), "shift": ("#2c5aa0", "^"), "scale": ("#148f77", "D")}
     named = set()
