@@ -155,7 +155,8 @@ class Experiment:
             "model": source.revision,
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(self.texts)).encode()).hexdigest(),
             "protocol": dataclasses.asdict(self.protocol),
-            **{name: self.options[name] for name in ("scorer", "dtype", "remote")},
+            "scorer": metrics.identity(self.options["scorer"]),
+            **{name: self.options[name] for name in ("dtype", "remote")},
             "device": self.device,
             "batch_size": self.batch_size,
             "code": artifacts.code_version(evaluation.__file__, generation.__file__, metrics.__file__),
@@ -413,7 +414,8 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
         probes.load_probe(file, base._module.config.hidden_size)
     first = made[seeds[0]][1]
     first_post = models.load_like(base, first, device, options["dtype"]) if first else None
-    settings = chain.settings(options, source, made, prompts, passages, device)
+    scorers = {name: options[name] and metrics.identity(options[name]) for name in ("scorer", "second_scorer")}
+    settings = chain.settings({**options, **scorers}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         yield Experiment(
             script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.artifacts import file_sha256
 from lib.errors import UserError
 
 Scorer = Callable[[list[str]], np.ndarray]  # texts -> probabilities of being toxic, [n_texts]
@@ -46,6 +47,12 @@ def scorer(name: str) -> Scorer:
         f"--scorer {name}: unknown; known: profanity-check, words, words:<file>, probe:<model>, "
         "detoxify, detoxify:unbiased, hf:<repo>."
     )
+
+
+def identity(name: str) -> str:
+    """A scorer's name, with the hash of its list of words: what a score that is kept depends on."""
+    kind, _, which = name.partition(":")
+    return f"{name} {file_sha256(Path(which))}" if kind == "words" and which else name
 
 
 def _probe(name: str) -> Scorer:

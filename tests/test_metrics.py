@@ -5,7 +5,7 @@ import pytest
 
 from lib import paper
 from lib.errors import UserError
-from lib.metrics import mask, repetition, scorer, token_f1
+from lib.metrics import identity, mask, repetition, scorer, token_f1
 from lib.statistics import Bootstrap
 
 
@@ -78,6 +78,16 @@ def test_words_scores_one_for_a_listed_word(tmp_path):
     found = scorer(f"words:{tmp_path / 'own.txt'}")(["How SAD.", "sadly", "unterribly", "C++", "c", "fuck"])
     assert found.tolist() == [1, 0, 1, 1, 0, 0], "whole words, stems anywhere, no other list, signs as they are"
     assert scorer("words")([]).shape == (0,)
+
+
+def test_another_list_of_words_is_another_scorer(tmp_path):
+    """So that nothing scored by the list as it was is found in the cache, or in a run that goes on."""
+    words = tmp_path / "own.txt"
+    words.write_text("sad")
+    before = identity(f"words:{words}")
+    words.write_text("sad awful")
+    assert identity(f"words:{words}") != before and str(words) in before
+    assert identity("words") == "words" and identity("hf:a/b") == "hf:a/b"
 
 
 def test_a_probe_of_another_model_scores(tiny, cache):
