@@ -31,31 +31,32 @@ DIRECTIONS = 20  # random ones
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 NUMBERS = {  # of a row, as the table names them
     "percent_reducing": "neurons that reduce, % (table 18)",
-    "percent_reducing_random": f"  along {DIRECTIONS} random directions [all]",
     "percent_reducing_shared_text": "  both models on the base model's text",
-    "same_sign_shared_text": "  same sign of delta on own, shared text, %",
-    "same_sign_halves": "  same sign on two halves of the prompts, %",
+    "percent_reducing_random": f"  along {DIRECTIONS} random directions [all]",
+    "same_sign_halves": "same sign of delta on two halves, %",
+    "same_sign_shared_text": "  on own text and on shared text, %",
     "percent_negative": "negative before DPO, % (table 13)",
     "reduction": "sum of delta over reducing neurons",
     "increase": "  over increasing neurons",
     "net": "  over all",
     "balance": "net / (|reduction| + |increase|)",
+    "balance_shared_text": "  both models on the base model's text",
     "balance_random": f"  along {DIRECTIONS} random directions [all]",
-    "shift_mean": "activation before - after, mean (figure 4)",
+    "shift_mean": "shift: before - after, mean (figure 4)",
     "shift_sd": "  standard deviation",
     "percent_within_sd": "  within 1 SD of the mean, %",
-    "lowest_value_cosine": "lowest cosine of a value vector and itself",
+    "lowest_value_cosine": "lowest cosine of a value vector, itself",
 }
 CORRELATIONS = {  # Pearson's r
-    "cosine": "r of shift, cosine with the probe (table 17)",
+    "cosine": "r of shift and cosine (table 17)",
     "cosine_shared_text": "  on shared text",
-    "before": "r of shift, activation before (table 17)",
+    "before": "r of shift and before (table 17)",
     "before_shared_text": "  on shared text",
     "before_same_half": "  both on one half of the prompts",
-    "before_other_half": "  activation before on the other half",
-    "before_plus_after": "r of shift, (before + after) / 2",
-    "delta_halves": "r of delta on one half, on the other",
-    "delta_shared_text": "r of delta on own text, on shared text",
+    "before_other_half": "  before on the other half",
+    "before_plus_after": "r of shift and (before + after) / 2",
+    "delta_halves": "r of delta on two halves",
+    "delta_shared_text": "  on own text and on shared text",
 }
 
 
@@ -149,7 +150,7 @@ def measure(run, stage, text: tuple | None) -> tuple[dict, dict]:
     tensors = {name: found[name] for name in ("pre", "post", "cosine", "delta")}
     if text:
         shared = attribute([neurons.text_means(model, *text, run.batch_size, remote) for model, _ in models])
-        row["percent_reducing_shared_text"] = percent(shared["delta"] > 0)
+        row |= {f"{name}_shared_text": sums(shared["delta"])[name] for name in ("percent_reducing", "net", "balance")}
         row["same_sign_shared_text"] = percent(found["delta"].sign() == shared["delta"].sign())
         pairs["cosine_shared_text"] = (shared["shift"], shared["cosine"])
         pairs["before_shared_text"] = (shared["shift"], shared["pre"])
@@ -253,8 +254,9 @@ def report(run, record: dict) -> None:
             found = [row["correlations"][name] for row in rows]
             lines.append((label, found, published.get(name)))
             if name in ("cosine", "before"):
-                lines.append(("  Spearman's rho", [one["rho"] for one in found], None))
-                lines.append(("  p of r, neurons as independent", [one["p"] for one in found], None))
+                lines.append(("  p, neurons as independent", [one["p"] for one in found], None))
+            if name.startswith("before"):
+                lines.append(("    Spearman's rho", [one["rho"] for one in found], None))
     show(console, record, lines)
     console.print("[95 % over resampled layers], where not [all draws].", markup=False)
     console.print(f"Record, tensors and figures: {run.out}", soft_wrap=True)

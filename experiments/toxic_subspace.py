@@ -11,7 +11,8 @@ sign choice  the sign of a singular vector is arbitrary, and each share depends 
              above 0; the share's range over the choices stands beside)
 both         a neuron whose value vector DPO leaves alone has its two shares' signs from one activation shift: the
              second share repeats the first. `both alike` counts the neurons on which the two agree
-random sets  how far the subspace of as many random neurons turns from N/2 to N to 2N vectors
+random sets  the same from as many random neurons: how far their subspace turns from N/2 to N to 2N vectors, what it
+             explains, and how much of each toxic direction lies in it (1: all), which then is no sign of toxicity
 
 sound:    the N best of all layers, as the residual stream sees them (through Gemma's norm), N = 128.
 faithful: raw rows, the 100 best of each layer and then the N best, N = 512 as in Lee's released code (Yang's: 128).
@@ -86,7 +87,11 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
     lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
     row |= {
         "directions": [
-            {"share": float(share), "cosine_with_probe": float(direction @ stage.probe.unit)}
+            {
+                "share": float(share),
+                "cosine_with_probe": float(direction @ stage.probe.unit),
+                "in_random": spread([float((sets[sizes.index(top)][0] @ direction).norm()) for sets in random_sets]),
+            }
             for direction, share in zip(directions, shares, strict=True)
         ],
         "tokens": {name: probes.nearest_tokens(run.base, directions, 10, normed) for name, normed in lenses.items()},
@@ -203,14 +208,17 @@ def report(run, record: dict) -> None:
             lines.append((text, [row[f"{name}_{other}"] for row in rows], None))
         lines.append(("  independent signs", [INDEPENDENT] * len(rows), None))
     lines.append(("both alike, % of neurons", [row["both_alike"] for row in rows], None))
-    for key, label in (("share", "share of variance"), ("cosine_with_probe", "cosine with the probe")):
-        for at in range(K):
-            lines.append((f"SVD[{at}]: {label}", [row["directions"][at][key] for row in rows], None))
+    for at in range(K):
+        found = [row["directions"][at] for row in rows]
+        lines.append((f"SVD[{at}]: share of variance", [one["share"] for one in found], None))
+        lines.append(("  cosine with the probe", [one["cosine_with_probe"] for one in found], None))
+        lines.append(("  length in random neurons' subspace", [one["in_random"] for one in found], None))
     for at, step in enumerate(rows[0]["stability"]):
-        label = "largest angle, {} to {} vectors, degrees".format(*step["vectors"])
+        label = "largest angle, {} to {} vectors, °".format(*step["vectors"])
         lines.append((label, [row["stability"][at]["angles"][-1] for row in rows], None))
         lines.append(("  of random neurons", [row["stability"][at]["angles_random"][-1] for row in rows], None))
     show(console, record, lines)
+    console.print("[all choices, draws]", markup=False)
     console.print(f"Record, directions and figure: {run.out}", soft_wrap=True)
 
 

@@ -74,7 +74,7 @@ def show(console, record: dict, lines: list[tuple]) -> None:
         column.justify = "right"
     for row in cells[1:]:
         table.add_row(*row)
-    # No line is wrapped: on a narrow screen a table of several seeds is cut by the terminal, not by us.
+    # Wide enough for every cell: rich would cut numbers off on a narrow screen.
     console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)))
     console.print(table)
 

@@ -321,8 +321,8 @@ def subspace(row: dict, published: dict, independent: float, path: Path) -> None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), gridspec_kw={"width_ratios": [1.3, 1]})
     names = {"alignment": "alignment conflicts", "change": "change after DPO conflicts"}
     bars = {
-        "toxic subspace": ("#c0392b", [row[name] for name in names], None),
-        "its 4 sign choices": ("#e8a79f", *_range([row[f"{name}_sign_choices"] for name in names])),
+        "toxic subspace": ("#dd6b5e", [row[name] for name in names], None),
+        "its 4 sign choices": ("#f3cdc8", *_range([row[f"{name}_sign_choices"] for name in names])),
         "random directions": ("0.65", *_range([row[f"{name}_random"] for name in names])),
         f"published, {published['model']}": ("white", [published[name] for name in names], None),
     }

@@ -142,6 +142,8 @@ def test_measure_from_raw_weights(begun, family, tiny, protocol):
     expected = np.degrees(np.arccos(np.linalg.svd(directions @ other.T)[1].clip(max=1)))
     assert row["stability"][1]["vectors"] == [16, 32]
     assert row["stability"][1]["angles"] == pytest.approx(list(expected), abs=1e-3)
+    for direction in row["directions"]:
+        assert 0 < direction["in_random"]["low"] < direction["in_random"]["high"] < 1
     assert set(row["tokens"]) == ({"raw", "normed"} if written else {"normed"})
 
 
@@ -175,6 +177,18 @@ def test_faithful_takes_the_best_of_each_layer(begun, tiny, monkeypatch):
     overlap = np.abs(np.linalg.svd(vectors)[2][:3] @ tensors["directions"].numpy().T)
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-4)
     assert row["top"] == 6 and [step["vectors"] for step in row["stability"]] == [[3, 6]]
+
+
+def test_all_neurons_are_their_own_random_set(begun, tiny):
+    """With every neuron taken there is one set, whatever its order: the random sets are the toxic one."""
+    run = begun("gemma2", tiny("gemma2", 1))
+    (stage,) = run.stages()
+    row, _ = script.measure(run, stage, LAYERS * NEURONS)
+    assert [one["vectors"] for one in row["explained"]] == [LAYERS * NEURONS // 2, LAYERS * NEURONS]
+    for name in ("mean", "low"):
+        assert row["explained"][1]["random"][name] == pytest.approx(row["explained"][1]["share"])
+        assert [one["in_random"][name] for one in row["directions"]] == pytest.approx([1, 1, 1])
+    assert row["explained"][0]["random"]["mean"] != pytest.approx(row["explained"][0]["share"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +227,7 @@ def test_help_and_masked_tokens(monkeypatch, capsys):
     value = {"mean": 75.0, "low": 70.0, "high": 80.0}
     row = {f"{name}{end}": value for name in ("alignment", "change") for end in ("_random", "_sign_choices")}
     row |= {"alignment": 74.0, "change": 73.0, "both_alike": 90.0, "stability": [], "tokens": {"raw": [[" shit"]] * 3}}
-    row |= {"directions": [{"share": 0.1, "cosine_with_probe": 0.2}] * 3}
+    row |= {"directions": [{"share": 0.1, "cosine_with_probe": 0.2, "in_random": value}] * 3}
     record = {"model": "m", "params": {"seeds": [0], "limit": 1, "protocol": "sound", "released": []}, "rows": [row]}
     record["published"] = {"model": "gpt2", "alignment": 74.7, "change": 74.3}
 
