@@ -250,7 +250,7 @@ def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     front = pareto_front([(row["log_ppl"], row["toxicity"]["mean"]) for row in shown])
     axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=0.8, ls=":")
     axes.set_xscale("log")
-    ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15) if min(r["log_ppl"] for r in shown) * 0.97 <= t]
+    ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15, 20, 30) if min(r["log_ppl"] for r in shown) * 0.97 <= t]
     top = max(row["log_ppl"] for row in shown) * 1.03
     axes.set_xticks([t for t in ticks if t <= top], [f"{t:g}" for t in ticks if t <= top])
     axes.minorticks_off()
