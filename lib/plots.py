@@ -122,7 +122,7 @@ def reduction_by_layer(delta: np.ndarray, masks: dict[str, np.ndarray], path: Pa
 
 
 def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
-    """Toxicity with intervals against log-perplexity with every position edited, one point per condition."""
+    """Toxicity with intervals against log-perplexity with every position edited; controls hollow and without a name."""
     rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
     figure, axes = plt.subplots(figsize=(7, 4.6))
     style = {"none": ("k", "s"), "clamp": ("#c0392b", "o"), "shift": ("#2c5aa0", "^"), "scale": ("#148f77", "D")}
@@ -131,6 +131,11 @@ def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
         kind = "none" if row["condition"] in {"none", "dpo"} else row["kind"]
         color, marker = style[kind]
         toxicity = row["toxicity"]
+        if row["of"]:
+            label = None if f"control {kind}" in named else f"controls, {kind}"
+            axes.plot(row["log_ppl"], toxicity["mean"], marker, color=color, mfc="none", ms=4, alpha=0.6, label=label)
+            named.add(f"control {kind}")
+            continue
         around = [[toxicity["mean"] - toxicity["low"]], [toxicity["high"] - toxicity["mean"]]]
         axes.errorbar(
             row["log_ppl"], toxicity["mean"], yerr=around, color=color, marker=marker, ms=6, lw=0, elinewidth=0.7,
@@ -146,7 +151,7 @@ def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.canvas.draw()  # settles the axes' limits, which the labels' places depend on
     taken = []
-    for row in rows:
+    for row in (row for row in rows if not row["of"]):
         text = {"none": "base model", "dpo": "DPO"}.get(row["condition"], row["condition"].replace("_", " "))
         taken.append(_label(figure, axes, text, (row["log_ppl"], row["toxicity"]["mean"]), taken))
     _save(figure, path)
@@ -250,7 +255,9 @@ def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     front = pareto_front([(row["log_ppl"], row["toxicity"]["mean"]) for row in shown])
     axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=0.8, ls=":")
     axes.set_xscale("log")
-    ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15, 20, 30) if min(r["log_ppl"] for r in shown) * 0.97 <= t]
+    ticks = [
+        t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15, 20, 30) if min(r["log_ppl"] for r in shown) * 0.97 <= t
+    ]
     top = max(row["log_ppl"] for row in shown) * 1.03
     axes.set_xticks([t for t in ticks if t <= top], [f"{t:g}" for t in ticks if t <= top])
     axes.minorticks_off()
