@@ -122,7 +122,9 @@ def test_a_concept_of_ones_own(inputs, tmp_path):  # noqa: F811
     assert [row["condition"] for row in record["rows"]] == ["none", "tokens a=0.3 b=1"]
     assert record["words"] == {"away_from": ["sad", "terrible", "awful"], "towards": ["happy", "great"]}
     assert record["rows"][1]["neurons"] == LAYERS * NEURONS
-    assert {part.name for part in (tmp_path / "cache").iterdir()} == {"activations", "locks"}, "nothing else was made"
+    assert {part.name for part in (tmp_path / "cache").iterdir()} == {"activations", "locks", "unedited"}, (
+        "nothing else"
+    )
 
 
 @pytest.mark.parametrize(
