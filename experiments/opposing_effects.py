@@ -200,11 +200,12 @@ def lowest_value_cosine(base, post) -> float:
     return min(float(torch.cosine_similarity(before.double(), after.double()).min()) for before, after in pairs)
 
 
-def correlation(first, second, over_layers) -> dict[str, float]:
-    """Pearson's r of two `[n_layers, d_mlp]` tensors (Yang table 17) and Spearman's rho.
+def correlation(first, second, over_layers) -> dict:
+    """Pearson's r of two `[n_layers, d_mlp]` tensors over all neurons (Yang table 17) and Spearman's rho.
 
     `mean` is r, `low` and `high` its 95 % interval over resampled layers; `p` takes neurons as independent, as in the
-    paper.
+    paper. `within`: the mean of every layer's own r; the r over all neurons is that of the layer with the largest
+    values, where layers differ much in scale.
     """
     import numpy as np
     from scipy import stats
@@ -216,7 +217,14 @@ def correlation(first, second, over_layers) -> dict[str, float]:
     by_layer = np.stack([x, y, x * x, y * y, x * y]).mean(-1)  # [5, n_layers]
     mx, my, xx, yy, xy = by_layer[:, over_layers.rows].mean(-1)  # over resampled layers, [RESAMPLES] each
     resampled = (xy - mx * my) / np.sqrt((xx - mx**2) * (yy - my**2))
-    return interval(r, resampled) | {"p": float(p), "rho": float(stats.spearmanr(x.ravel(), y.ravel()).statistic)}
+    u, v = ((tensor - tensor.mean(-1, keepdim=True)).numpy() for tensor in (first, second))
+    spread_of_both = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
+    own = (u * v).sum(-1) / np.where(spread_of_both > 0, spread_of_both, 1)  # [n_layers], 0 where nothing shifts
+    return interval(r, resampled) | {
+        "within": interval(own.mean(), own[over_layers.rows].mean(-1)),
+        "p": float(p),
+        "rho": float(stats.spearmanr(x.ravel(), y.ravel()).statistic),
+    }
 
 
 def write(run, rows: list[dict], tensors: dict) -> dict:
@@ -255,8 +263,9 @@ def report(run, record: dict) -> None:
             lines.append((label, found, published.get(name)))
             if name in ("cosine", "before"):
                 lines.append(("  p, neurons as independent", [one["p"] for one in found], None))
+                lines.append(("  Spearman's rho", [one["rho"] for one in found], None))
             if name.startswith("before"):
-                lines.append(("    Spearman's rho", [one["rho"] for one in found], None))
+                lines.append(("    mean of every layer's own r", [one["within"] for one in found], None))
     show(console, record, lines)
     console.print("[95 % over resampled layers], where not [all draws].", markup=False)
     console.print(f"Record, tensors and figures: {run.out}", soft_wrap=True)

@@ -80,8 +80,8 @@ def show(console, record: dict, lines: list[tuple]) -> None:
 
 
 def number(value: float) -> str:
-    """`51.42`, `0.228`, `5.5e-05`."""
-    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+    """`51.42`, `0.9999`, `0.228`, `5.5e-05`."""
+    return f"{value:.4g}" if abs(value) >= 0.999 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
 def cell(value) -> str:

@@ -69,10 +69,22 @@ def test_correlation_equals_numpy_over_resampled_layers():
     expected = [np.corrcoef(x[rows].ravel(), y[rows].ravel())[0, 1] for rows in Resamples.rows]
     assert found["mean"] == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
     assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(expected, [2.5, 97.5])))
+    own = np.array([np.corrcoef(*layer)[0, 1] for layer in zip(x, y, strict=True)])
+    limits = np.percentile([own[rows].mean() for rows in Resamples.rows], [2.5, 97.5])
+    assert list(found["within"].values()) == pytest.approx([own.mean(), *limits])
     ranks = [values.ravel().argsort().argsort() for values in (x, y)]
     assert found["rho"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     t = found["mean"] * ((x.size - 2) / (1 - found["mean"] ** 2)) ** 0.5
     assert found["p"] == pytest.approx(2 * stats.t.sf(abs(t), x.size - 2))
+
+
+def test_a_layer_that_does_not_change_has_no_correlation():
+    class Resamples:
+        rows = np.array([[0, 1], [1, 1]])
+
+    shift, before = torch.tensor([[0.0, 0, 0], [1, 2, 3]], dtype=torch.float64), torch.tensor([[1.0, 2, 4], [1, 2, 3]])
+    found = script.correlation(shift, before.double(), Resamples)
+    assert found["within"]["mean"] == pytest.approx(0.5) and np.isfinite([found["low"], found["high"]]).all()
 
 
 def test_value_vectors_are_compared_with_themselves(family, tiny):
