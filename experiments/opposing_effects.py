@@ -218,8 +218,8 @@ def correlation(first, second, over_layers) -> dict:
     mx, my, xx, yy, xy = by_layer[:, over_layers.rows].mean(-1)  # over resampled layers, [RESAMPLES] each
     resampled = (xy - mx * my) / np.sqrt((xx - mx**2) * (yy - my**2))
     u, v = ((tensor - tensor.mean(-1, keepdim=True)).numpy() for tensor in (first, second))
-    spread_of_both = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
-    own = (u * v).sum(-1) / np.where(spread_of_both > 0, spread_of_both, 1)  # [n_layers], 0 where nothing shifts
+    scale = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
+    own = (u * v).sum(-1) / np.where(scale > 0, scale, 1)  # [n_layers], 0 where nothing shifts
     return interval(r, resampled) | {
         "within": interval(own.mean(), own[over_layers.rows].mean(-1)),
         "p": float(p),
