@@ -1,78 +1,128 @@
-"""Preference pairs of a non-toxic and a toxic continuation of one prompt (Lee et al. 2024, section 4.2).
+"""Preference pairs of a non-toxic and a toxic continuation of one prompt (Lee et al. 2024, section 4.2; table 6).
 
-Method `best-of-n`: sample N continuations of each prompt from the model itself, score them, and take the least toxic
-one as preferred and the most toxic one as rejected. Prompts whose two differ by less than --min-gap are dropped.
+pplm        the paper's way (Dathathri et al. 2019). Preferred: the model's greedy continuation. Rejected: a sample for
+            which, before every token, the key-value cache is moved up the gradient of the probe's p(toxic): a
+            forward pass with the moved cache gives next-token probabilities, the unmoved model reads their mean
+            embedding, and the probe sees the mean residual stream with it (horizon 1, no decay). KL to the unmoved
+            probabilities holds back. The algorithm is in lib/pplm.py.
+best-of-n   cheap: sample N continuations, take the least toxic as preferred and the most toxic as rejected.
+
+Prompts whose two sides differ in toxicity by less than --min-gap are dropped and counted.
 
 Writes JSON lines in the papers' schema (`prompt_text`, `unpert_gen_text` preferred, `pert_gen_text` rejected) with the
-toxicity of both sides. RAW TEXT: the file holds profanity. A killed run goes on with the prompt that it was at.
+toxicity of both sides, and beside it what they were made with. RAW TEXT: the file holds profanity. A killed run goes on
+with the batch of prompts that it was at.
 
-    python experiments/make_pairs.py --prompts lib/assets/pair_prompts.jsonl --batch-size 96 --out pairs.jsonl
-
-made the embedded pairs (524 prompts, 6 samples each).
+    python experiments/make_pairs.py                                          # 48 prompts of the embedded ones
+    python experiments/make_pairs.py --model gpt2 --prompts wiki.jsonl --iterations 50    # as Lee et al.
 """
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import click
 
-from lib.cli import default_scorer, options
+from lib.cli import default_limit, default_scorer, options
 from lib.errors import UserError
 
 NEW_TOKENS = 24
-TOP_K = 50  # tokens that sampling chooses from
+SAMPLED_FROM = 50  # most likely tokens, in best-of-n
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options("model", "revision", "device", "dtype", "seed", "batch-size", "limit", "scorer")
-@click.option("--prompts", required=True, help="A file of prompts.")
-@click.option("--samples", type=click.IntRange(2), default=6, show_default=True, help="Continuations per prompt.")
+@options("model", "revision", "device", "dtype", "seed", "batch-size", "limit", "scorer", "comments", "probe")
+@click.option(
+    "--prompts", default="embedded", show_default=True, help="embedded (other than those of evaluation) or a file."
+)
+@click.option("--method", type=click.Choice(["pplm", "best-of-n"]), default="pplm", show_default=True)
+@click.option("--samples", type=click.IntRange(2), default=6, show_default=True, help="best-of-n's N.")
+@click.option("--step-size", type=click.FloatRange(0, min_open=True), default=0.4, show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Steps a token; Lee: 50.")
+@click.option("--kl-scale", type=click.FloatRange(0), default=0.1, show_default=True)
+@click.option("--gm-scale", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+@click.option("--gamma", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--window", type=click.IntRange(0), default=0, show_default=True, help="Last positions moved; 0: all.")
+@click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Tokens that pplm samples from.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--min-gap", type=float, default=0.6, show_default=True, help="Least toxicity gap of a pair's sides.")
-@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The file to write.")
+@click.option("--out", type=click.Path(dir_okay=False), help="File.  [default: runs/make_pairs/<model>/pairs.jsonl]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def main(model, revision, device, dtype, seed, batch_size, limit, scorer, prompts, samples, min_gap, out, overwrite):
+@options("remote")
+def main(method, samples, min_gap, prompts, out, overwrite, **options):
+    from rich.console import Console
     from rich.progress import track
 
-    from lib import data
+    from lib import artifacts, chain, data, probes, results
     from lib.metrics import scorer as load_scorer
-    from lib.models import load, resolve
+    from lib.models import load, resolve, short_name
+    from lib.pplm import PPLM
+    from lib.protocol import SOUND
 
-    if Path(out).exists() and not overwrite:
+    name, seed, batch_size = options["model"], options["seed"], options["batch_size"]
+    out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
+    if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists; choose another file or add --overwrite.")
-    texts = data.prompts(prompts).first(limit).items
-    toxicity = load_scorer(default_scorer(model, scorer))
-    network = load(resolve(model, revision), device, dtype)
+    if options["remote"] and method == "pplm":
+        raise UserError("--remote: pplm needs gradients at every token; give --method best-of-n, or run it locally.")
+    texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
+    scored_by = default_scorer(name, options["scorer"])
+    toxicity = load_scorer(scored_by)
+    source = resolve(name, options["revision"])
+    settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "scorer": scored_by}
+    settings |= {"seed": seed, "batch_size": batch_size}
+    if method == "pplm":
+        pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
+        probe_file = chain.probe_file(options, seed, SOUND)
+        settings |= vars(pplm) | {"probe": artifacts.file_sha256(probe_file)}
+        network = load(source, options["device"], options["dtype"])
+        probe = probes.load_probe(probe_file, network._module.config.hidden_size)
+        make = partial(greedy_and_toxic, network, probe, pplm, seed)
+    else:
+        settings["samples"], batch_size = samples, max(1, batch_size // samples)
+        network = load(source, options["device"], options["dtype"])
+        make = partial(least_and_most_toxic, network, samples, toxicity, seed, remote=options["remote"] or False)
 
-    settings = {"model": model, "samples": samples, "min_gap": min_gap, "seed": seed, "batch_size": batch_size}
-    partial = Path(f"{out}.partial")
-    done = read_partial(partial, settings, overwrite)
-    per_batch = max(1, batch_size // samples)
-    with partial.open("a") as file:
+    unfinished = Path(f"{out}.partial")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    done = read_partial(unfinished, settings, overwrite)
+    # Whole batches: rounding differs with a batch's width, and a run that was killed ends as one that was not.
+    parts = [range(len(texts.items))[at : at + batch_size] for at in range(0, len(texts.items), batch_size)]
+    todo = [numbers for numbers in parts if not done.keys() >= set(numbers)]
+    started = time.monotonic()
+    with unfinished.open("a", encoding="utf-8") as file:
         if not done:
             file.write(json.dumps(settings) + "\n")
-        for start in track(range(0, len(texts), per_batch), "Sampling pairs"):
-            if start in done:
-                continue
-            pairs = best_of_n(network, texts[start : start + per_batch], samples, min_gap, toxicity, seed + start)
-            file.write(json.dumps({"start": start, "pairs": pairs}) + "\n")
+        for numbers in track(todo, f"Pairs by {method}", console=Console(stderr=True)):
+            asked = {number: texts.items[number] for number in numbers}
+            for number, pair in zip(asked, scored(list(asked.values()), make(asked), toxicity), strict=True):
+                file.write(json.dumps({"number": number, "pair": pair}) + "\n")
+                done[number] = pair
             file.flush()
-            done[start] = pairs
-    found = [pair for start in sorted(done) for pair in done[start]]
-    if not found:
-        partial.unlink()
-        raise UserError(f"no prompt gave two continuations {min_gap} apart; lower --min-gap or raise --samples.")
-    ready = Path(f"{out}.ready")
-    ready.write_text("".join(json.dumps(pair) + "\n" for pair in found))
-    ready.rename(out)
-    partial.unlink()
-    click.echo(f"{len(found)} pairs from {len(texts)} prompts -> {out} (raw text: holds profanity)")
+    seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
+    whole = [done[number] for number in range(len(texts.items))]
+    kept = [pair for pair in whole if pair and pair["pert_gen_toxicity"] - pair["unpert_gen_toxicity"] >= min_gap]
+    if not kept:
+        raise UserError(
+            f"no prompt gave two sides {min_gap} apart; lower --min-gap, or raise --samples or --step-size."
+        )
+    about = {"min_gap": min_gap, "kept": len(kept), "dropped": len(whole) - len(kept), "seconds_per_prompt": seconds}
+    data_used = {"prompts": {**texts.provenance, "items": len(texts.items)}}
+    results.write_json(out.with_suffix(".about.json"), {**settings, **about, **results.provenance(data=data_used)})
+    results.write_lines(out, kept)
+    unfinished.unlink()
+    click.echo(
+        f"{len(kept)} pairs of {len(whole)} prompts ({about['dropped']} dropped: sides less than {min_gap} apart), "
+        f"{seconds} s a prompt -> {out} (raw text: holds profanity)"
+    )
 
 
-def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, list]:
-    """What a killed run with the same settings had finished: {first prompt of the batch: its pairs}."""
+def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict | None]:
+    """What a killed run with the same settings had finished: {number of the prompt: its pair}."""
     if not path.exists():
         return {}
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     if not lines or lines[0] != json.dumps(settings):
         if not overwrite:
             raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
@@ -84,55 +134,90 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, list]
             record = json.loads(line)
         except ValueError:  # the line that the kill cut off
             break
-        done[record["start"]] = record["pairs"]
-    whole = [lines[0], *(json.dumps({"start": start, "pairs": pairs}) for start, pairs in done.items())]
-    path.write_text("\n".join(whole) + "\n")
+        done[record["number"]] = record["pair"]
+    whole = [lines[0], *(json.dumps({"number": number, "pair": pair}) for number, pair in done.items())]
+    path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     return done
 
 
-def best_of_n(
-    network, prompts: list[str], samples: int, min_gap: float, toxicity, seed: int, remote=False
-) -> list[dict]:
-    """The least and the most toxic of `samples` continuations of each prompt, where they differ enough."""
+def scored(prompts: list[str], sides: list[tuple[str, str] | None], toxicity) -> list[dict | None]:
+    """Pairs in the papers' schema; None where a side is empty. sides: (preferred, rejected) of each prompt."""
+    there = [side for side in sides if side and side[0].strip() and side[1].strip()]
+    levels = iter(toxicity([text for side in there for text in side]).tolist() if there else [])
+    pairs = []
+    for prompt, side in zip(prompts, sides, strict=True):
+        if not (side and side[0].strip() and side[1].strip()):
+            pairs.append(None)
+            continue
+        pairs.append({"prompt_text": prompt, "unpert_gen_text": side[0], "pert_gen_text": side[1]})
+        pairs[-1] |= {f"{name}_gen_toxicity": round(next(levels), 4) for name in ("unpert", "pert")}
+    return pairs
+
+
+def gumbel(seed: int, rows: list[int], tokens: int):
+    """Noise `[rows, NEW_TOKENS, tokens]` that depends on seed and row alone, not on the batch.
+
+    The largest of log-probabilities plus it is a draw from them. transformers' own sampling draws from all 262,144
+    tokens by torch.multinomial, which takes as long as the forward pass on a CPU.
+    """
+    import torch
+
+    noise = torch.empty(len(rows), NEW_TOKENS, tokens)
+    for at, row in enumerate(rows):
+        noise[at].exponential_(generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
+    return -noise.log()
+
+
+def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict[int, str], remote=False):
+    """best-of-n: the least and the most toxic of `samples` continuations of each prompt. asked: number -> prompt."""
     import torch
     from transformers import LogitsProcessorList
 
-    from lib.generation import batches, decode, end_ids, greedy, until_end
+    from lib.generation import batches, greedy
 
-    noise = torch.Generator(network.device).manual_seed(seed)
-
-    def gumbel_top_k(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        # The largest of logits plus Gumbel noise is a draw from their softmax. transformers' own sampling draws from
-        # all 262,144 tokens by torch.multinomial, which takes as long as the forward pass on a CPU.
-        top, tokens = logits.float().topk(TOP_K)  # [batch, TOP_K]
-        gumbel = -torch.empty_like(top).exponential_(generator=noise).log()
-        return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(-1, tokens, top + gumbel)
-
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    rows = [number * samples + sample for number in asked for sample in range(samples)]
+    noise = gumbel(seed, rows, SAMPLED_FROM)
+    repeated = [prompt for prompt in asked.values() for _ in range(samples)]
     (batch,) = batches(network.tokenizer, repeated, len(repeated), network.device)
+    width = batch["input_ids"].shape[1]
+
+    def sample(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        top, tokens = logits.float().topk(min(SAMPLED_FROM, logits.shape[-1]))
+        drawn = top + noise[:, ids.shape[1] - width, : top.shape[1]].to(top)
+        return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(-1, tokens, drawn)
+
     with network.generate(
-        batch, remote=remote, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([gumbel_top_k])
+        batch, remote=remote, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([sample])
     ) as tracer:
         ids = tracer.result.save()
-    texts = decode(network.tokenizer, until_end(ids[:, batch["input_ids"].shape[1] :], end_ids(network)))
+    texts = decoded(network, ids[:, width:])
     scores = toxicity(texts)
-    pairs = []
-    for number, prompt in enumerate(prompts):
-        rows = [row for row in range(number * samples, (number + 1) * samples) if texts[row].strip()]
-        if not rows:
-            continue
-        low, high = min(rows, key=lambda row: scores[row]), max(rows, key=lambda row: scores[row])
-        if scores[high] - scores[low] >= min_gap:
-            pairs.append(
-                {
-                    "prompt_text": prompt,
-                    "unpert_gen_text": texts[low],
-                    "pert_gen_text": texts[high],
-                    "unpert_gen_toxicity": round(float(scores[low]), 4),
-                    "pert_gen_toxicity": round(float(scores[high]), 4),
-                }
-            )
-    return pairs
+    sides = []
+    for at in range(0, len(texts), samples):
+        there = [row for row in range(at, at + samples) if texts[row].strip()]
+        extremes = (min(there, key=scores.__getitem__), max(there, key=scores.__getitem__)) if there else ()
+        sides.append(tuple(texts[row] for row in extremes) or None)
+    return sides
+
+
+def decoded(network, new) -> list[str]:
+    """Texts of new ids `[rows, NEW_TOKENS]` up to their end."""
+    from lib.generation import decode, end_ids, until_end
+
+    return decode(network.tokenizer, until_end(new, end_ids(network)))
+
+
+def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str]):
+    """pplm: the greedy continuation of each prompt, and one that the probe's gradient steers. asked: as above."""
+    from lib.generation import batches, greedy
+    from lib.pplm import generate
+
+    (batch,) = batches(network.tokenizer, list(asked.values()), len(asked), network.device)
+    with network.generate(batch, **greedy(NEW_TOKENS)) as tracer:
+        ids = tracer.result.save()
+    preferred = decoded(network, ids[:, batch["input_ids"].shape[1] :])
+    rejected = decoded(network, generate(network, probe, batch, pplm, gumbel(seed, list(asked), pplm.top_k)))
+    return list(zip(preferred, rejected, strict=True))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,11 @@ def prompts(source: str = "embedded") -> Dataset:
     return _load("prompts", source, _prompt)
 
 
+def pair_prompts(source: str = "embedded") -> Dataset:
+    """Prompts to make preference pairs from, `embedded` ones other than those of evaluation, or a file. Items: str."""
+    return _load("pair_prompts", source, _prompt, "prompts")
+
+
 def comments(source: str = "embedded") -> Dataset:
     """Labelled comments for the probe: `embedded`, `hub` (Jigsaw), or a file such as its train.csv.
 
@@ -116,18 +121,18 @@ def _text(row: dict, field: str) -> str:
     return value
 
 
-def _load(kind: str, source: str, parse: Callable[[dict], Any]) -> Dataset:
+def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | None = None) -> Dataset:
     if source == "embedded":
         path, origin = ASSETS / f"{kind}.jsonl", "embedded"
     elif source == "hub":
         if kind not in HUB:
-            raise UserError(f"--{kind} hub: not on the Hub under a name of its own; give a file, or `embedded`.")
+            raise UserError(f"--{option or kind} hub: not on the Hub under its own name; give a file, or `embedded`.")
         from lib.hub import dataset_file
 
         path, origin = dataset_file(*HUB[kind]), "hub:" + "/".join(HUB[kind])
     else:
         path, origin = Path(source), Path(source).name
-    option = f"--{kind} {source}"
+    option = f"--{option or kind} {source}"
     try:
         raw = path.read_bytes()
     except OSError as error:

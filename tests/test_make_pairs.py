@@ -1,47 +1,203 @@
-"""Best-of-n pairs on a tiny model: schema, sides, seeds, and going on after a kill."""
+"""Preference pairs on tiny models: PPLM's gradient by finite differences, its step, both methods by command."""
 
 import json
 
-from conftest import ROOT, load_script, run, texts, write_lines
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, WIDTH, load_script, run, texts, write_lines
+from safetensors.torch import save_file
+
+from lib import pplm
+from lib.generation import batches
+from lib.probes import Probe
 
 FIELDS = {"prompt_text", "unpert_gen_text", "pert_gen_text", "unpert_gen_toxicity", "pert_gen_toxicity"}
+PROMPTS = ["The river", "I was so angry that the man over there"]
+TABLE_6 = pplm.PPLM(0.4, 3, kl_scale=0.1, gm_scale=0.95, gamma=1.0, window=0, top_k=10, temperature=1.0)
+script = load_script("make_pairs")
+
+
+def probe() -> Probe:
+    return Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)), 0.2)
+
+
+def begin(model, prompts=PROMPTS) -> tuple[list, pplm.Seen, dict]:
+    """The cache before the last token, what the unmoved model made of all, and the batch."""
+    (batch,) = batches(model.tokenizer, prompts, len(prompts))
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        residual, _, cache = pplm.forward(model, [], attention[:, :-1], input_ids=ids[:, :-1])
+        _, logits, whole = pplm.forward(model, cache, attention, input_ids=ids[:, -1:])
+    counted = attention[:, :-1, None]
+    total, count = (residual * counted).sum(1), counted.sum(1)
+    return cache, pplm.Seen(whole, attention, ids[:, -1:], logits.log_softmax(-1), total, count), batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cached_pass_equals_a_whole_one(family, traced):
+    """Cache, positions and mask: the logits of the last token are those of plain PyTorch on each prompt alone."""
+    model = traced(family)
+    _, seen, _ = begin(model)
+    for row, prompt in enumerate(PROMPTS):
+        ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        expected = model._module(ids).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(seen.log_probs[row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_objective_from_plain_pytorch(family, traced):
+    """One row, nothing moved: KL is 0, and the expected token's residual stream is read in one uncached pass."""
+    model = traced(family)
+    cache, seen, batch = begin(model, PROMPTS[1:])
+    with torch.no_grad():
+        found = pplm.objective(model, probe(), cache, seen, TABLE_6)
+        raw, ids = model._module, batch["input_ids"]
+        table = raw.get_input_embeddings()(torch.arange(len(model.tokenizer)))  # as the model's layers get them
+        embedded = torch.cat([table[ids], (seen.log_probs.exp() @ table)[:, None]], 1)
+        streams = []
+        last = raw.transformer.h[-1] if family == "gpt2" else raw.model.layers[-1]
+        handle = last.register_forward_hook(
+            lambda module, args, output: streams.append(output[0] if isinstance(output, tuple) else output)
+        )
+        try:
+            raw(inputs_embeds=embedded)
+        finally:
+            handle.remove()
+        mean = streams[0].reshape(-1, WIDTH).mean(0)
+    expected = torch.nn.functional.softplus(-(mean @ probe().direction + probe().bias))
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_by_finite_differences(family, tiny, monkeypatch):
+    """In float64, along random directions of the cache: (f(c + h d) - f(c - h d)) / 2h."""
+    from lib.models import load, resolve
+
+    model = load(resolve(str(tiny(family))), "cpu")
+    model._module.double()
+    _, seen, _ = begin(model, PROMPTS[1:])
+    cache = [tuple(part[:, :, :-1].clone() for part in layer) for layer in seen.cache]
+    # Away from the unmoved cache, where the KL term has its minimum and no slope.
+    generator = torch.Generator().manual_seed(0)
+    cache = [tuple(part + 0.1 * torch.randn(part.shape, generator=generator).double() for part in c) for c in cache]
+    strong = pplm.PPLM(**{**vars(TABLE_6), "kl_scale": 2.0})
+    forward, own = pplm.forward, []
+
+    def given(*args, head=True, **inputs):
+        """The last token's own residual stream is no variable of the objective: every call gets the first one's."""
+        residual, logits, grown = forward(*args, head=head, **inputs)
+        if head:
+            own.append(residual.detach())
+        return own[0] if head else residual, logits, grown
+
+    monkeypatch.setattr(pplm, "forward", given)
+    leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in cache]
+    pplm.objective(model, probe(), leaves, seen, strong).sum().backward()
+    for layer, keys_or_values in ((0, 0), (1, 1), (2, 0)):
+        leaf = leaves[layer][keys_or_values]
+        direction = torch.randn(leaf.shape, generator=generator).double()
+        found = []
+        for sign in (1, -1):
+            moved = [list(pair) for pair in cache]
+            moved[layer][keys_or_values] = moved[layer][keys_or_values] + sign * 1e-3 * direction
+            with torch.no_grad():
+                found.append(float(pplm.objective(model, probe(), moved, seen, strong).sum()))
+        slope = float((leaf.grad * direction).sum())
+        assert abs(slope) > 1e-3
+        # Most families' norms and softmax are in float32 whatever the model's dtype is: noise of about 1e-7 / h.
+        assert (found[0] - found[1]) / 2e-3 == pytest.approx(slope, rel=0.02, abs=1e-3)
+
+
+def test_a_step_has_its_length_in_every_layer_and_row_and_lowers_the_objective(traced):
+    model = traced("gemma3_text")
+    cache, seen, batch = begin(model)
+    small = pplm.PPLM(**{**vars(TABLE_6), "step_size": 0.01})
+    moved = pplm.stepped(model, probe(), cache, seen, small)
+    for before, after in zip(cache, moved, strict=True):
+        squares = sum((b - a).square().sum((1, 2, 3)) for b, a in zip(before, after, strict=True))
+        torch.testing.assert_close(squares.sqrt(), torch.full((2,), 0.01), rtol=1e-3, atol=1e-6)
+        padding = batch["attention_mask"][0, :-1] == 0
+        assert padding.any() and (after[0][0][:, padding] == before[0][0][:, padding]).all(), "nobody sees padding"
+    with torch.no_grad():
+        lower = pplm.objective(model, probe(), moved, seen, small) - pplm.objective(model, probe(), cache, seen, small)
+    assert (lower < 0).all()
+    windowed = pplm.stepped(model, probe(), cache, seen, pplm.PPLM(**{**vars(small), "window": 2}))
+    changed = (windowed[1][1] != cache[1][1]).any(-1).any(1)  # [rows, positions]
+    assert changed[:, -2:].all() and not changed[:, :-2].any()
+
+
+def test_a_row_does_not_depend_on_its_batch_and_steering_raises_p_toxic(traced):
+    model = traced("llama")
+    noise = script.gumbel(3, [7, 8], 10)[:, :6]
+    assert torch.equal(noise[1:], script.gumbel(3, [8], 10)[:, :6]), "noise belongs to seed and prompt"
+
+    def generate(prompts, noise, **changes):
+        (batch,) = batches(model.tokenizer, prompts, len(prompts))
+        return pplm.generate(model, probe(), batch, pplm.PPLM(**{**vars(TABLE_6), **changes}), noise)
+
+    both = generate(PROMPTS, noise)
+    assert torch.equal(both[:1], generate(PROMPTS[:1], noise[:1])), "padding and the other row change nothing"
+    with_none = generate(PROMPTS, noise, gm_scale=0.0)
+    assert not torch.equal(both, with_none)
+    unmoved = generate(PROMPTS, noise, step_size=1e-12)
+    assert torch.equal(unmoved, with_none), "gm_scale 0 samples from the unmoved model"
 
 
 def make(tiny, tmp_path, out: str, *more):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in texts("pair_prompts", "prompt")[:6]])
+    save_file({"direction": probe().direction}, tmp_path / "probe.safetensors")
     command = ["experiments/make_pairs.py", "--model", tiny("llama"), "--prompts", prompts, "--samples", 3]
-    command += ["--batch-size", 6, "--scorer", "profanity-check", "--out", tmp_path / out, *more]
+    command += ["--probe", tmp_path / "probe.safetensors", "--batch-size", 3]
+    command += ["--scorer", "profanity-check", "--out", tmp_path / out, *more]
     return run(*command, cwd=ROOT)
 
 
-def test_pairs_and_a_broken_off_run(tiny, tmp_path):
-    done = make(tiny, tmp_path, "whole.jsonl", "--min-gap", 0)
+@pytest.mark.parametrize("method", ["pplm", "best-of-n"])
+def test_pairs_and_a_broken_off_run(tiny, tmp_path, method):
+    more = ["--method", method, "--min-gap", -1]
+    done = make(tiny, tmp_path, "whole.jsonl", *more)
     assert done.returncode == 0, done.stderr
+    assert "6 pairs of 6 prompts (0 dropped" in done.stdout and "s a prompt" in done.stdout
     pairs = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
     assert len(pairs) == 6 and all(set(pair) == FIELDS for pair in pairs)
-    assert all(pair["unpert_gen_toxicity"] <= pair["pert_gen_toxicity"] for pair in pairs)
-    assert any(pair["unpert_gen_text"] != pair["pert_gen_text"] for pair in pairs), "the samples differ"
+    assert any(pair["unpert_gen_text"] != pair["pert_gen_text"] for pair in pairs)
+    if method == "best-of-n":
+        assert all(pair["unpert_gen_toxicity"] <= pair["pert_gen_toxicity"] for pair in pairs)
+    about = json.loads((tmp_path / "whole.about.json").read_text())
+    assert about["kept"] == 6 and about["data"]["prompts"]["items"] == 6
 
-    # What a kill leaves: the settings, one finished batch, and half a line.
-    settings = {"model": str(tiny("llama")), "samples": 3, "min_gap": 0.0, "seed": 0, "batch_size": 6}
-    marked = [{**pair, "prompt_text": "from the file"} for pair in pairs[:2]]
+    # What a kill leaves: the settings, a finished batch, and another that broke off.
+    settings = {key: about[key] for key in ("model", "prompts", "method", "scorer", "seed", "batch_size")}
+    settings |= {key: about[key] for key in about if key in {*pplm.PPLM.__dataclass_fields__, "probe", "samples"}}
+    marked = [{**pair, "prompt_text": "from the file"} for pair in pairs]
+    per_batch = 3 if method == "pplm" else 1
+    lines = [settings, *({"number": number, "pair": marked[number]} for number in range(4 if method == "pplm" else 1))]
     partial = tmp_path / "again.jsonl.partial"
-    partial.write_text(json.dumps(settings) + "\n" + json.dumps({"start": 0, "pairs": marked}) + '\n{"start": 2, "pa')
-    assert make(tiny, tmp_path, "again.jsonl", "--min-gap", 0).returncode == 0
-    again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
-    assert again == marked + pairs[2:] and not partial.exists()
+    partial.write_text("\n".join(map(json.dumps, lines)) + '\n{"number": 4, "pa')
+    again = make(tiny, tmp_path, "again.jsonl", *more)
+    assert again.returncode == 0, again.stderr
+    found = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    assert found == marked[:per_batch] + pairs[per_batch:] and not partial.exists()
 
-    assert make(tiny, tmp_path, "again.jsonl", "--min-gap", 0).returncode == 2, "an existing file is not overwritten"
-    none = make(tiny, tmp_path, "none.jsonl", "--min-gap", 1.1)
+
+def test_bad_input_is_one_line(tiny, tmp_path):
+    write_lines(tmp_path / "there.jsonl", [{"a": 1}])
+    again = make(tiny, tmp_path, "there.jsonl")
+    assert again.returncode == 2 and "exists" in again.stderr, "an existing file is not overwritten"
+    none = make(tiny, tmp_path, "none.jsonl", "--method", "best-of-n", "--min-gap", 1.1)
     assert none.returncode == 2 and "lower --min-gap" in none.stderr and not (tmp_path / "none.jsonl").exists()
+    remote = make(tiny, tmp_path, "none.jsonl", "--remote", "local")
+    assert remote.returncode == 2 and "best-of-n" in remote.stderr and "Traceback" not in remote.stderr
+    save_file({"direction": torch.ones(7)}, tmp_path / "small.safetensors")
+    small = make(tiny, tmp_path, "none.jsonl", "--probe", tmp_path / "small.safetensors")
+    assert small.returncode == 2 and "another model" in small.stderr
 
 
 def test_the_trace_can_be_shipped(traced):
     """nnsight's simulated server draws the same samples."""
     from lib.metrics import scorer
 
-    best_of_n, score = load_script("make_pairs").best_of_n, scorer("profanity-check")
-    prompts = ["The river", "Music is"]
-    here = best_of_n(traced("llama"), prompts, 3, 0, score, seed=5)
-    assert best_of_n(traced("llama"), prompts, 3, 0, score, seed=5, remote="local") == here
-    assert best_of_n(traced("llama"), prompts, 3, 0, score, seed=6) != here
+    score, asked = scorer("profanity-check"), dict(enumerate(["The river", "Music is"]))
+    here = script.least_and_most_toxic(traced("llama"), 3, score, 5, asked)
+    assert script.least_and_most_toxic(traced("llama"), 3, score, 5, asked, remote="local") == here
+    assert script.least_and_most_toxic(traced("llama"), 3, score, 6, asked) != here
