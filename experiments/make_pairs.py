@@ -154,18 +154,17 @@ def scored(prompts: list[str], sides: list[tuple[str, str] | None], toxicity) ->
     return pairs
 
 
-def gumbel(seed: int, rows: list[int], tokens: int):
-    """Noise `[rows, NEW_TOKENS, tokens]` that depends on seed and row alone, not on the batch.
+def gumbel(seed: int, rows: int, tokens: int):
+    """Noise `[rows, NEW_TOKENS, tokens]`.
 
     The largest of log-probabilities plus it is a draw from them. transformers' own sampling draws from all 262,144
     tokens by torch.multinomial, which takes as long as the forward pass on a CPU.
     """
     import torch
 
-    noise = torch.empty(len(rows), NEW_TOKENS, tokens)
-    for at, row in enumerate(rows):
-        noise[at].exponential_(generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
-    return -noise.log()
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.empty(rows, tokens).exponential_(generator=generator) for _ in range(NEW_TOKENS)]
+    return -torch.stack(steps, 1).log()
 
 
 def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict[int, str], remote=False):
@@ -175,11 +174,9 @@ def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict
 
     from lib.generation import batches, greedy
 
-    rows = [number * samples + sample for number in asked for sample in range(samples)]
-    noise = gumbel(seed, rows, SAMPLED_FROM)
     repeated = [prompt for prompt in asked.values() for _ in range(samples)]
     (batch,) = batches(network.tokenizer, repeated, len(repeated), network.device)
-    width = batch["input_ids"].shape[1]
+    width, noise = batch["input_ids"].shape[1], gumbel(seed + min(asked), len(repeated), SAMPLED_FROM)
 
     def sample(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         top, tokens = logits.float().topk(min(SAMPLED_FROM, logits.shape[-1]))
@@ -216,7 +213,9 @@ def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str]):
     with network.generate(batch, **greedy(NEW_TOKENS)) as tracer:
         ids = tracer.result.save()
     preferred = decoded(network, ids[:, batch["input_ids"].shape[1] :])
-    rejected = decoded(network, generate(network, probe, batch, pplm, gumbel(seed, list(asked), pplm.top_k)))
+    rejected = decoded(
+        network, generate(network, probe, batch, pplm, gumbel(seed + min(asked), len(asked), pplm.top_k))
+    )
     return list(zip(preferred, rejected, strict=True))
 
 
