@@ -144,17 +144,12 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
 
 def anti_toxic_vectors(run, found: dict) -> list[dict]:
     """The value vectors that align best with minus the probe, sign-reversed, and their nearest tokens (table 15)."""
-    import torch
-
-    from lib import probes
+    from lib import vectors
     from lib.metrics import profane_pattern
-    from lib.models import value_vectors
 
     best = found["cosine"].flatten().argsort()[:N_ANTI]
     places = [divmod(int(at), found["cosine"].shape[1]) for at in best]
-    reversed_vectors = torch.stack([-value_vectors(run.base._module, layer)[index] for layer, index in places])
-    lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
-    tokens = {name: probes.nearest_tokens(run.base, reversed_vectors, 10, normed) for name, normed in lenses.items()}
+    tokens = vectors.lenses(run.base, -vectors.unit_vectors(run.base._module, best, written=False), run.protocol)
     return [
         {
             "neuron": f"L{layer}.N{index}",

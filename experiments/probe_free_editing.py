@@ -24,7 +24,6 @@ Writes run.json, generations.jsonl (RAW TEXT), measurements.jsonl and figures/ t
 """
 
 import dataclasses
-from pathlib import Path
 
 import click
 
@@ -54,15 +53,15 @@ def _several(*known):
 @click.option("--toxic-words", help="Move away from these: words, or a file of them.  [default: Yang table 7's]")
 @click.option("--plain-words", help="Move towards these.  [default: Yang table 7's]")
 def main(representation, order, alpha, beta, kinds, positions, toxic_words, plain_words, **options):
-    from lib import controls, experiment, paper
+    from lib import controls, experiment, paper, vectors
     from lib.errors import UserError
 
     if not all(0 < share <= 1 for share in beta):
         raise UserError(f"--beta {','.join(map(str, beta))}: a share of neurons is above 0 and at most 1.")
     own = toxic_words is not None or plain_words is not None
     words = [
-        read_words(toxic_words, "--toxic-words") or paper.TOXIC_WORDS,
-        read_words(plain_words, "--plain-words") or paper.PLAIN_WORDS,
+        vectors.read_words(toxic_words, "--toxic-words") or paper.TOXIC_WORDS,
+        vectors.read_words(plain_words, "--plain-words") or paper.PLAIN_WORDS,
     ]
     protocol = experiment.chosen_protocol(options)
     kinds = kinds or (["clamp", "scale"] if protocol.edit_kind == "scale" else ["clamp"])
@@ -78,7 +77,11 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
             for name in representation:
                 if name == "tokens" and stage.seed != run.seeds[0]:
                     continue  # no seed enters it
-                direction = stage.probe if name == "probe" else contrast(run, *words)
+                direction = (
+                    stage.probe
+                    if name == "probe"
+                    else vectors.contrast(run.base, *words, run.protocol.contrast_rows == "both")
+                )
                 for kind in kinds:
                     plans = {
                         label(name, order, a, b): make_plan(run, stage, direction, kind, order, a, b)
@@ -93,50 +96,10 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
     run.report(record, ("none", "dpo", label(representation[0], order, alpha[-1], beta[-1])))
 
 
-def read_words(given: str | None, option: str) -> list[str]:
-    """Words of an option: a file's, separated by white space, or those between commas."""
-    from lib.errors import UserError
-
-    if given is None:
-        return []
-    try:
-        text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given.replace(",", " ")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {given}: not readable as UTF-8 text ({error}).") from error
-    if not text.split():
-        raise UserError(f"{option} {given}: holds no word; give some, separated by commas.")
-    return text.split()
-
-
 def label(representation: str, order: str, alpha: float, beta: float) -> str:
     """`tokens a=0.3 b=0.55`; `activation ...` for the probe with the other order, as Yang table 19 names it."""
     name = representation if order == "cosine" else "activation" if representation == "probe" else "tokens activation"
     return f"{name} a={alpha:g} b={beta:g}"
-
-
-def contrast(run, toxic_words: list[str], plain_words: list[str]):
-    """Mean embedding of the toxic words minus that of the plain ones (table 7), as a direction `[d_model]`.
-
-    A word is the mean of its sub-tokens' rows, written without a leading space, as in the released code. faithful: rows
-    of the unembedding. sound: of it and of the input embedding, each difference at length 1 (often one matrix).
-    """
-    import torch
-
-    from lib.probes import Probe
-
-    module, tokenizer = run.base._module, run.base.tokenizer
-    tables = [module.get_output_embeddings().weight]
-    if run.protocol.contrast_rows == "both":
-        tables.append(module.get_input_embeddings().weight)
-    direction = torch.zeros(module.config.hidden_size, dtype=torch.float64)
-    for table in tables:
-        means = []
-        for words in (toxic_words, plain_words):
-            rows = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-            means.append(torch.stack([table[ids].detach().cpu().double().mean(0) for ids in rows]).mean(0))
-        difference = means[0] - means[1]
-        direction += difference / difference.norm()
-    return Probe(direction.float(), 0.0)
 
 
 def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: float):

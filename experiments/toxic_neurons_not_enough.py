@@ -78,16 +78,12 @@ def judge_tokens(run, cosine, verdict) -> list[dict]:
     Tokens are read from the raw value vector and after the model's final norm, as the protocol's `lens` says; a neuron
     counts when either list holds a toxic token.
     """
-    import torch
-
-    from lib import probes
-    from lib.models import value_vectors
+    from lib import vectors
 
     best = cosine.flatten().topk(min(JUDGED_N, cosine.numel())).indices
     places = [divmod(int(at), cosine.shape[1]) for at in best]
-    vectors = torch.stack([value_vectors(run.base._module, layer)[index] for layer, index in places])
-    lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
-    tokens = {name: probes.nearest_tokens(run.base, vectors, TOP_TOKENS, normed) for name, normed in lenses.items()}
+    rows = vectors.unit_vectors(run.base._module, best, written=False)
+    tokens = vectors.lenses(run.base, rows, run.protocol, TOP_TOKENS)
     every = sorted({token for lists in tokens.values() for row in lists for token in row})
     score = dict(zip(every, verdict(every).tolist(), strict=True))
     judged = []

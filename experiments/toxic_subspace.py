@@ -31,7 +31,7 @@ from lib.cli import options
 from lib.observation import OPTIONS, percent, spread
 
 K = 3  # directions (appendix G)
-PER_LAYER = 100  # of the released code
+PER_LAYER = 100  # of Lee's released code
 DRAWS = 20  # of random directions, and of sets of random neurons
 INDEPENDENT = 75.0  # %: three independent signs are not all alike
 
@@ -53,22 +53,20 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
     """One seed's row of the record, and its `directions` `[K, d_model]`."""
     import torch
 
-    from lib import neurons, probes
+    from lib import neurons, vectors
 
     base, written = run.base._module, run.protocol.value_vectors == "written"
     _, cosine = neurons.value_projections(base, stage.probe, through_norm=written)
-    if run.options["protocol"] == "faithful":
-        among = torch.stack([neurons.top(layer, PER_LAYER) for layer in cosine])
-        cosine = torch.where(among, cosine, -torch.inf)
-    order = cosine.flatten().argsort(descending=True)[: int(cosine.isfinite().sum())]
+    order = vectors.ranked(cosine, PER_LAYER if run.options["protocol"] == "faithful" else None)
     top = min(top, len(order))
     sizes = sorted({top // 2, top, min(2 * top, len(order))})
     generator = torch.Generator().manual_seed(stage.seed)
-    toxic = [subspace(unit_vectors(base, order[:size], written)) for size in sizes]
+    toxic = [vectors.subspace(vectors.unit_vectors(base, order[:size], written), K) for size in sizes]
     random_sets = []
     for _ in range(DRAWS):
-        vectors = unit_vectors(base, torch.randperm(cosine.numel(), generator=generator)[: sizes[-1]], written)
-        random_sets.append([subspace(vectors[:size]) for size in sizes])
+        drawn = torch.randperm(cosine.numel(), generator=generator)[: sizes[-1]]
+        rows = vectors.unit_vectors(base, drawn, written)
+        random_sets.append([vectors.subspace(rows[:size], K) for size in sizes])
     directions, shares = toxic[sizes.index(top)]
 
     gaussian = torch.randn(DRAWS, directions.shape[1], K, generator=generator, dtype=torch.float64)
@@ -84,7 +82,6 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
         turned = [torch.tensor([1, *s], dtype=torch.float64).view(K, 1, 1) for s in product((1, -1), repeat=K - 1)]
         row[f"{name}_sign_choices"] = spread([percent(conflicting(signs[0] * sign)) for sign in turned])
     row["both_alike"] = percent(conflicting(before[0]) == conflicting(change[0]))
-    lenses = {"raw": False, "normed": True} if run.protocol.lens == "both" else {"normed": True}
     row |= {
         "directions": [
             {
@@ -94,7 +91,7 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
             }
             for direction, share in zip(directions, shares, strict=True)
         ],
-        "tokens": {name: probes.nearest_tokens(run.base, directions, 10, normed) for name, normed in lenses.items()},
+        "tokens": vectors.lenses(run.base, directions, run.protocol),
         "stability": [
             {
                 "vectors": [smaller, larger],
@@ -115,35 +112,6 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
         ],
     }
     return row, {"directions": directions}
-
-
-def unit_vectors(module, flat, written: bool):
-    """Value vectors at length 1, `[n, d_model]` float64. flat: places in `[n_layers, d_mlp]`, `[n]`."""
-    import torch
-
-    from lib.models import value_vectors, write_gain
-
-    vectors = None
-    for layer in range(module.config.num_hidden_layers):
-        rows = value_vectors(module, layer)  # [d_mlp, d_model]
-        if vectors is None:
-            vectors = torch.zeros(len(flat), rows.shape[1], dtype=torch.float64)
-        here = flat // len(rows) == layer
-        gain = write_gain(module, layer).cpu().double() if written else 1
-        vectors[here] = rows[(flat[here] % len(rows)).to(rows.device)].cpu().double() * gain
-    return vectors / vectors.norm(dim=1, keepdim=True)
-
-
-def subspace(vectors) -> tuple:
-    """The first K right singular vectors of `vectors` `[n, d_model]`, `[K, d_model]`, and their shares of variance.
-
-    SVD leaves each one's sign open: here the mean projection of `vectors` on it is above 0.
-    """
-    import torch
-
-    _, values, found = torch.linalg.svd(vectors, full_matrices=False)
-    directions = found[:K] * (found[:K] @ vectors.mean(0)).sign()[:, None]
-    return directions, values[:K].square() / values.square().sum()
 
 
 def projections(module, triples, written: bool):

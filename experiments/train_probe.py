@@ -65,7 +65,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
     from sklearn.model_selection import train_test_split
 
-    from lib import probes
+    from lib import probes, vectors
     from lib.metrics import profane_pattern
     from lib.models import load
     from lib.protocol import PROTOCOLS
@@ -109,7 +109,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
             "model": source.name,
             "params": {"protocol": protocol, "seed": seed},
             "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
-            "top_tokens": probes.nearest_tokens(model, probe.direction[None])[0],
+            "top_tokens": vectors.nearest_tokens(model, probe.direction[None])[0],
             "provenance": provenance(
                 model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
             ),

@@ -7,11 +7,11 @@ UNUSED = {"passages": "embedded", "scorer": "words", "second_scorer": None, "con
 OPTIONS = tuple(name for name in CAUSAL if name.replace("-", "_") not in {*UNUSED, "raw_text"})
 
 
-def begin(script: str, options: dict):
+def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")):
     """Context: what is missing is made, the base model loaded, the output folder open; see `lib.experiment.begin`."""
     from lib import experiment
 
-    return experiment.begin(script, {**options, **UNUSED})
+    return experiment.begin(script, {**options, **UNUSED}, needs)
 
 
 def write(run, rows: list[dict], published: dict, **params) -> dict:

@@ -134,20 +134,3 @@ def scale(features: np.ndarray) -> tuple[np.ndarray, float]:
 def scores(probe: Probe, features: np.ndarray) -> np.ndarray:
     """Logits of the probe, `[n]`."""
     return features.astype(np.float64) @ probe.direction.double().numpy() + probe.bias
-
-
-@torch.no_grad()
-def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = False) -> list[list[str]]:
-    """The n tokens whose unembedding has the largest product with each direction (the logit lens; Yang table 1).
-
-    directions `[n_directions, d_model]`. normed: after the model's final norm, as the released code projects value
-    vectors (its toxic-token lists); the norm's weight changes which tokens come first.
-    """
-    unembedding = model._module.get_output_embeddings().weight
-    directions = directions.to(unembedding.device, unembedding.dtype)
-    if normed:
-        directions = reach(model._module, FAMILIES[model._module.config.model_type].final_norm)(directions)
-    return [
-        [model.tokenizer.decode([i]) for i in (part @ unembedding.T).float().topk(n).indices.tolist()[0]]
-        for part in directions.split(1)  # one at a time: 128 rows of products over 262,144 tokens are 134 MB
-    ]

@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, LAYERS, NEURONS, ROOT, load_script, run
 from test_cli import inputs  # noqa: F401  a fixture
 
-from lib import neurons, protocol
+from lib import neurons, protocol, vectors
 from lib.probes import Probe
 
 script = load_script("probe_free_editing")
@@ -92,10 +92,10 @@ def test_the_contrastive_vector(traced, family):
         return difference / difference.norm()
 
     head, embedding = module.get_output_embeddings().weight, module.get_input_embeddings().weight
-    found = script.contrast(Run(model, protocol.FAITHFUL), toxic, plain)
+    found = vectors.contrast(model, toxic, plain, both=False)
     torch.testing.assert_close(found.unit, unit(head), rtol=1e-5, atol=1e-6)
     both = unit(head) + unit(embedding)
-    found = script.contrast(Run(model), toxic, plain)
+    found = vectors.contrast(model, toxic, plain, both=True)
     torch.testing.assert_close(found.unit, both / both.norm(), rtol=1e-5, atol=1e-6)
 
 

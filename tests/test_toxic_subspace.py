@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
-from lib import observation
+from lib import observation, vectors
 from lib.models import FAMILIES as KINDS
 from lib.models import reach
 
@@ -58,7 +58,7 @@ def test_unit_vectors_and_projections_from_the_weights(family, traced, tiny, wri
     module, expected = traced(family)._module, seen_rows(tiny(family), family, written)
     flat = torch.tensor([0, NEURONS + 7, 2 * NEURONS + 1, 2 * NEURONS - 1])
     rows = expected.reshape(-1, WIDTH)[flat.numpy()]
-    found = script.unit_vectors(module, flat, written).numpy()
+    found = vectors.unit_vectors(module, flat, written).numpy()
     np.testing.assert_allclose(found, rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-6)
     triples = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     products = np.einsum("lnd,tkd->tkln", expected, triples.numpy())
@@ -66,20 +66,18 @@ def test_unit_vectors_and_projections_from_the_weights(family, traced, tiny, wri
 
 
 def test_subspace_equals_numpy_up_to_sign():
-    vectors = torch.randn(20, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    directions, shares = script.subspace(vectors)
-    _, values, expected = np.linalg.svd(vectors.numpy())
+    rows = torch.randn(20, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions, shares = vectors.subspace(rows, 3)
+    _, values, expected = np.linalg.svd(rows.numpy())
     np.testing.assert_allclose(np.abs(np.sum(directions.numpy() * expected[:3], 1)), 1)
-    np.testing.assert_allclose(shares.numpy(), values[:3] ** 2 / np.sum(vectors.numpy() ** 2))
-    assert (directions @ vectors.T).mean(1).gt(0).all(), "every direction points to where the vectors do"
+    np.testing.assert_allclose(shares.numpy(), values[:3] ** 2 / np.sum(rows.numpy() ** 2))
+    assert (directions @ rows.T).mean(1).gt(0).all(), "every direction points to where the vectors do"
 
 
 def test_subspace_in_closed_form():
     """Nine vectors along three axes, four, three and two of them, one axis' vectors pointing down."""
-    vectors = torch.eye(3, 5, dtype=torch.float64)[[0] * 4 + [1] * 3 + [2] * 2] * torch.tensor(
-        [[1.0]] * 4 + [[-1.0]] * 5
-    )
-    directions, shares = script.subspace(vectors)
+    rows = torch.eye(3, 5, dtype=torch.float64)[[0] * 4 + [1] * 3 + [2] * 2] * torch.tensor([[1.0]] * 4 + [[-1.0]] * 5)
+    directions, shares = vectors.subspace(rows, 3)
     expected = torch.diag(torch.tensor([1.0, -1, -1], dtype=torch.float64))
     torch.testing.assert_close(directions[:, :3], expected)
     torch.testing.assert_close(shares, torch.tensor([4, 3, 2], dtype=torch.float64) / 9)

@@ -1,0 +1,116 @@
+"""Directions and what they mean: from words, from value vectors, by SVD, and read in the vocabulary (Lee 3.1, 3.2)."""
+
+from pathlib import Path
+
+import torch
+
+from lib.errors import UserError
+from lib.models import FAMILIES, reach, value_vectors, write_gain
+from lib.neurons import top
+from lib.probes import Probe
+from lib.protocol import Protocol
+
+
+def read_words(given: str | None, option: str) -> list[str]:
+    """Words of an option: a file's, separated by white space, or those between commas."""
+    if given is None:
+        return []
+    try:
+        text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given.replace(",", " ")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {given}: not readable as UTF-8 text ({error}).") from error
+    if not text.split():
+        raise UserError(f"{option} {given}: holds no word; give some, separated by commas.")
+    return text.split()
+
+
+def contrast(model, away: list[str], towards: list[str], both: bool) -> Probe:
+    """Mean embedding of the `away` words minus that of the `towards` words (Yang table 7), as a direction `[d_model]`.
+
+    A word is the mean of its sub-tokens' rows, written without a leading space, as in the released code.
+
+    Args:
+        model: nnsight.
+        both: of the unembedding and the input embedding, each difference at length 1 (often one matrix). False: of the
+            unembedding alone, as in the released code.
+    """
+    module, tokenizer = model._module, model.tokenizer
+    tables = [module.get_output_embeddings().weight, *([module.get_input_embeddings().weight] if both else [])]
+    direction = torch.zeros(module.config.hidden_size, dtype=torch.float64)
+    for table in tables:
+        means = [mean_row(table, tokenizer, words) for words in (away, towards)]
+        direction += (means[0] - means[1]) / (means[0] - means[1]).norm()
+    return Probe(direction.float(), 0.0)
+
+
+def concept(model, words: list[str]) -> Probe:
+    """Mean unembedding of a concept's words minus the mean of all tokens, as a direction `[d_model]`."""
+    table = model._module.get_output_embeddings().weight
+    return Probe((mean_row(table, model.tokenizer, words) - table.detach().mean(0).cpu().double()).float(), 0.0)
+
+
+def mean_row(table: torch.Tensor, tokenizer, words: list[str]) -> torch.Tensor:
+    """Mean over words of the mean over each word's sub-tokens, `[d_model]` float64. table `[vocab, d_model]`."""
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    return torch.stack([table[row].detach().cpu().double().mean(0) for row in ids]).mean(0)
+
+
+def ranked(cosine: torch.Tensor, per_layer: int | None = None) -> torch.Tensor:
+    """Places in a flattened `[n_layers, d_mlp]` of the largest cosines first.
+
+    per_layer: only the so many best of each layer compete, as in Lee's released code (100).
+    """
+    if per_layer:
+        among = torch.stack([top(layer, per_layer) for layer in cosine])
+        cosine = torch.where(among, cosine, -torch.inf)
+    return cosine.flatten().argsort(descending=True)[: int(cosine.isfinite().sum())]
+
+
+def unit_vectors(module, flat: torch.Tensor, written: bool) -> torch.Tensor:
+    """Value vectors at length 1, `[n, d_model]` float64.
+
+    flat: `[n]`, places in a flattened `[n_layers, d_mlp]`. written: as the residual stream sees them, through Gemma's
+    norm; else raw rows.
+    """
+    vectors = None
+    for layer in range(module.config.num_hidden_layers):
+        rows = value_vectors(module, layer)  # [d_mlp, d_model]
+        if vectors is None:
+            vectors = torch.zeros(len(flat), rows.shape[1], dtype=torch.float64)
+        here = flat // len(rows) == layer
+        gain = write_gain(module, layer).cpu().double() if written else 1
+        vectors[here] = rows[(flat[here] % len(rows)).to(rows.device)].cpu().double() * gain
+    return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+def subspace(vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k right singular vectors of `vectors` `[n, d_model]`, `[k, d_model]`, and their shares of variance.
+
+    SVD leaves each one's sign open: here the mean projection of `vectors` on it is above 0.
+    """
+    _, values, found = torch.linalg.svd(vectors, full_matrices=False)
+    directions = found[:k] * (found[:k] @ vectors.mean(0)).sign()[:, None]
+    return directions, values[:k].square() / values.square().sum()
+
+
+@torch.no_grad()
+def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = False) -> list[list[str]]:
+    """The n tokens whose unembedding has the largest product with each direction (the logit lens; Yang table 1).
+
+    directions `[n_directions, d_model]`. normed: after the model's final norm, as the released code projects value
+    vectors (its toxic-token lists); the norm's weight changes which tokens come first.
+    """
+    unembedding = model._module.get_output_embeddings().weight
+    directions = directions.to(unembedding.device, unembedding.dtype)
+    if normed:
+        directions = reach(model._module, FAMILIES[model._module.config.model_type].final_norm)(directions)
+    found = []
+    for part in directions.split(16):  # products over 262,144 tokens are 1 MB a direction
+        found += (part @ unembedding.T).float().topk(n).indices.tolist()
+    return [[model.tokenizer.decode([i]) for i in row] for row in found]
+
+
+def lenses(model, directions: torch.Tensor, protocol: Protocol, n: int = 10) -> dict[str, list[list[str]]]:
+    """The n nearest tokens of each direction, by each way that the protocol reads them: `raw`, `normed` or both."""
+    ways = {"raw": False, "normed": True} if protocol.lens == "both" else {"normed": True}
+    return {name: nearest_tokens(model, directions, n, normed) for name, normed in ways.items()}
