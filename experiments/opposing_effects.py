@@ -69,41 +69,14 @@ def main(**options):
     if len(chain.texts({**options, **UNUSED})[0].items) < 2:
         raise UserError("--limit or --prompts: one prompt cannot be split into halves; give at least two.")
     with observation.begin("opposing_effects", options) as run:
-        text = own_text(run) if run.protocol.means_over == "generated" else None
+        text = observation.own_text(run) if run.protocol.means_over == "generated" else None
         measured = [measure(run, stage, text) for stage in run.stages()]
         record = write(run, [row for row, _ in measured], measured[0][1])
     report(run, record)
 
 
-def continue_greedily(model, batch: dict, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]`."""
-    from lib.generation import greedy
-
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
-        ids = tracer.result.save()
-    return ids[:, batch["input_ids"].shape[1] :]
-
-
-def own_text(run) -> tuple[list[list[int]], list[range]]:
-    """The prompts with the base model's continuations, and the positions whose activations count: `text_means`' input.
-
-    The end-of-text token is kept: the position that predicts it counts in `mean_activations` too.
-    """
-    from lib.generation import batches, end_ids
-
-    ends, rows, counted = end_ids(run.base), [], []
-    for batch in batches(run.base.tokenizer, run.prompts.items, run.batch_size, run.base.device):
-        new = continue_greedily(run.base, batch, run.options["remote"] or False).tolist()
-        for padded, real, ids in zip(batch["input_ids"], batch["attention_mask"].bool(), new, strict=True):
-            prompt = padded[real].tolist()
-            kept = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-            rows.append(prompt + ids[:kept])
-            counted.append(range(len(prompt) - 1, len(prompt) + kept - 1))
-    return rows, counted
-
-
 def measure(run, stage, text: tuple | None) -> tuple[dict, dict]:
-    """One seed's row of the record, and its tensors `[n_layers, d_mlp]`. text: what `own_text` returned."""
+    """One seed's row of the record, and its tensors `[n_layers, d_mlp]`. text: what `observation.own_text` returned."""
     import torch
 
     from lib import neurons

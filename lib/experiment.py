@@ -61,7 +61,7 @@ class Stage:
     probe: Probe | None
     probe_file: Path | None
     post: Any  # nnsight model
-    pre_means: neurons.Means
+    pre_means: neurons.Means | None
     post_means: neurons.Means | None
 
     def condition(self, name: str, kind: str, of: str = "", draw: int = 0) -> Condition:
@@ -97,8 +97,11 @@ class Experiment:
     neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
     directions: dict[int, list] = dataclasses.field(default_factory=dict)  # seed -> control directions of its probe
 
-    def stages(self) -> Iterator[Stage]:
-        """For every seed, and with --holdout for both choices of prompts that means come from."""
+    def stages(self, means: bool = True) -> Iterator[Stage]:
+        """For every seed, and with --holdout for both choices of prompts that means come from.
+
+        means: whether the script needs the models' mean activations.
+        """
         remote, dtype = self.options["remote"] or False, self.options["dtype"]
         for seed, (probe_file, post_source) in self.artifacts_of.items():
             post, self.first_post = self.first_post, None
@@ -107,11 +110,11 @@ class Experiment:
             probe = probes.load_probe(probe_file, self.base._module.config.hidden_size) if probe_file else None
             for name, prompts in self.mean_prompts.items():
 
-                def means(model, source, prompts=prompts, seed=seed):
+                def mean(model, source, prompts=prompts, seed=seed):
                     return neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
 
-                pre = self.fitting(partial(means, self.base, self.source))
-                after = self.fitting(partial(means, post, post_source)) if post else None
+                pre = self.fitting(partial(mean, self.base, self.source)) if means else None
+                after = self.fitting(partial(mean, post, post_source)) if post and means else None
                 yield Stage(seed, name, probe, probe_file, post, pre, after)
 
     def measure(

@@ -6,6 +6,7 @@ GPT-2, `mlp.down_proj` elsewhere), and its value vector is that map's row (Geva 
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,16 @@ class Family:
 
     layers: str = "model.layers"
     mlp_out: str = "mlp.down_proj"
+    key: str = "mlp.gate_proj"  # the map whose output decides whether a neuron fires
+    mlp_norm: str = "post_attention_layernorm"  # the norm that reads the residual stream for the MLP
     final_norm: str = "model.norm"
     transposed: bool = False  # True: the weight is [d_mlp, d_model] (Conv1D); False: [d_model, d_mlp] (Linear)
     post_norm: str | None = None  # a norm between the MLP's output and the residual stream
 
 
-GEMMA = Family(post_norm="post_feedforward_layernorm")
+GEMMA = Family(mlp_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
 FAMILIES = {
-    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", transposed=True),
+    "gpt2": Family("transformer.h", "mlp.c_proj", "mlp.c_fc", "ln_2", "transformer.ln_f", transposed=True),
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
@@ -178,6 +181,28 @@ def mlp_out(model, layer: int):
     return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].mlp_out)
 
 
+def key(model, layer: int):
+    """The map whose `.output` `[batch, positions, d_mlp]` decides which of a layer's neurons fire.
+
+    GPT-2: `c_fc`, whose columns are the key vectors (Lee eq. 2). Gated MLPs have two maps: an activation is
+    act(gate . x) (up . x). The gate's rows are the keys: they alone decide in which region of x a neuron fires.
+    """
+    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].key)
+
+
+def mlp_norm(model, layer: int):
+    """The norm whose `.input` `[batch, positions, d_model]` is the residual stream between attention and MLP."""
+    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].mlp_norm)
+
+
+def unembed(model, residual):
+    """Logits `[..., vocab]`, float32, of a residual stream `[..., d_model]`, inside a trace (the logit lens)."""
+    normed = reach(model, FAMILIES[model._module.config.model_type].final_norm)(residual)
+    logits = model.lm_head(normed).float()
+    cap = getattr(model._module.config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
 def value_vectors(module, layer: int):
     """Value vectors of one layer, `[d_mlp, d_model]`, float32. `module`: the torch model."""
     kind = FAMILIES[module.config.model_type]
@@ -197,6 +222,22 @@ def write_gain(module, layer: int):
     if kind.post_norm is None:
         return torch.ones(module.config.hidden_size, device=module.device)
     return 1 + reach(reach(module, kind.layers)[layer], kind.post_norm).weight.detach().float()
+
+
+def parse_neuron(name: str, layers: int, neurons: int, given: str) -> tuple[int, int]:
+    """(layer, index) of `L19.N770`. Raises UserError for another form, and for a neuron that the model does not have.
+
+    layers, neurons: how many the model has, and each layer. given: names the option in the message.
+    """
+    parts = re.fullmatch(r"L(\d+)\.N(\d+)", name.strip())
+    if not parts:
+        raise UserError(f"{given}: {name.strip()!r} is no neuron; expected names such as L19.N770.")
+    layer, index = map(int, parts.groups())
+    if layer >= layers or index >= neurons:
+        raise UserError(
+            f"{given}: no neuron {name.strip()}; this model has layers 0 to {layers - 1}, neurons 0 to {neurons - 1}."
+        )
+    return layer, index
 
 
 def n_layers(model) -> int:

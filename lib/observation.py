@@ -48,6 +48,33 @@ def write(run, rows: list[dict], published: dict, **params) -> dict:
     return record
 
 
+def continue_greedily(model, batch: dict, remote=False):
+    """Greedy new tokens `[batch, NEW_TOKENS]`."""
+    from lib.generation import greedy
+
+    with model.generate(batch, remote=remote, **greedy()) as tracer:
+        ids = tracer.result.save()
+    return ids[:, batch["input_ids"].shape[1] :]
+
+
+def own_text(run) -> tuple[list[list[int]], list[range]]:
+    """The prompts with the base model's continuations, and the positions whose activations count: `text_means`' input.
+
+    The end-of-text token is kept: the position that predicts it counts in `mean_activations` too.
+    """
+    from lib.generation import batches, end_ids
+
+    ends, rows, counted = end_ids(run.base), [], []
+    for batch in batches(run.base.tokenizer, run.prompts.items, run.batch_size, run.base.device):
+        new = continue_greedily(run.base, batch, run.options["remote"] or False).tolist()
+        for padded, real, ids in zip(batch["input_ids"], batch["attention_mask"].bool(), new, strict=True):
+            prompt = padded[real].tolist()
+            kept = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+            rows.append(prompt + ids[:kept])
+            counted.append(range(len(prompt) - 1, len(prompt) + kept - 1))
+    return rows, counted
+
+
 def show(console, record: dict, lines: list[tuple]) -> None:
     """Print the record's table: a column for each seed, their mean and range, and the published numbers.
 

@@ -152,6 +152,9 @@ SHIFT_CORRELATIONS = {
 # projection changes inconsistently.
 SUBSPACE = {"gpt2": (74.7, 74.3)}
 
+# Lee table 1: the value vectors of GPT2-medium, best aligned with its probe first.
+LEE_TOXIC_VECTORS = ((19, 770), (12, 771), (18, 2669), (13, 668), (16, 255), (12, 882), (19, 1438))
+
 # Yang table 7: the words whose mean embeddings differ by the contrastive vector.
 TOXIC_WORDS = ("fuck", "shit", "crap", "damn", "asshole")
 PLAIN_WORDS = ("hello", "thanks", "friend", "peace", "welcome")

@@ -365,6 +365,119 @@ def subspace(row: dict, published: dict, independent: float, path: Path) -> None
     _save(figure, path)
 
 
+def logit_lens(row: dict, path: Path) -> None:
+    """Probability of the base model's next token after each half-layer, before and after DPO (Lee figure 1).
+
+    Shaded: the half-layers that raise it most before DPO. row: of logit_lens.py's record.
+    """
+    kinds = [kind for kind in ("toxic", "plain") if row[kind]["prompts"]]
+    figure, panels = plt.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 3.6), squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        for name, color, label in (("pre", "#c0392b", "before DPO"), ("post", "#2c5aa0", "after DPO")):
+            found = row[kind][name]
+            places = np.arange(len(found["probability"])) / 2  # mid of layer l at l, its end at l + 1/2
+            axes.plot(places, found["probability"], "o-", ms=2.5, lw=1, color=color, label=label)
+            axes.fill_between(places, found["low"], found["high"], color=color, alpha=0.15, lw=0)
+        for place in row[kind]["pre"]["raised_most"]:
+            layer, half = place.removeprefix("L").split()
+            end = int(layer) + (half == "end") / 2
+            axes.axvspan(end - 0.5, end, color="0.85" if half == "end" else "#f3e3c3", lw=0, zorder=0)
+        axes.set_xlabel("layer (after attention at l, after the MLP at l + 1/2)", fontsize=8)
+        axes.set_title(f"next token {kind} ({row[kind]['prompts']} prompts)", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("probability of that token")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Logit lens (cf. Lee et al. figure 1); grey: MLPs, ochre: attention that raise it most", fontsize=9)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def toxic_activations(found: list[dict], path: Path) -> None:
+    """Mean activations of toxic neurons before and after DPO, on own and on shared text (Lee figure 2).
+
+    found: `neurons` of residual_shift.py's record.
+    """
+    texts = {"own": "each model's own text", "shared": "the base model's text", "last": "end of the prompt"}
+    figure, panels = plt.subplots(1, len(texts), figsize=(9.5, 3.2), sharey=True)
+    places = np.arange(len(found))
+    for axes, (text, title) in zip(panels, texts.items(), strict=True):
+        for name, color, side in (("pre", "#c0392b", -0.2), ("post", "#2c5aa0", 0.2)):
+            axes.bar(places + side, [one[text][name] for one in found], 0.4, color=color, label=f"{name}-DPO")
+        axes.axhline(0, color="0.5", lw=0.8)
+        axes.set_xticks(places, [one["neuron"] for one in found], rotation=45, ha="right", fontsize=7)
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean activation")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Toxic neurons before and after DPO (cf. Lee et al. figure 2)", fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def offset(before: np.ndarray, after: np.ndarray, m_before: np.ndarray, m_after: np.ndarray, name: str, path: Path):
+    """Residual streams on their mean shift and first principal component, coloured by a neuron (Lee figures 4, 6).
+
+    before, after `[n_prompts, d_model]`: the stream before the neuron's MLP; m_before, m_after `[n_prompts]`: its
+    activation.
+    """
+    mean = (after - before).mean(0)
+    unit = mean / (np.linalg.norm(mean) or 1)
+    both = np.concatenate([before, after])
+    centered = both - both.mean(0)
+    centered -= np.outer(centered @ unit, unit)  # the second axis shows what the first does not
+    component = np.linalg.svd(centered, full_matrices=False)[2][0]
+    figure, axes = plt.subplots(figsize=(6.2, 4.4))
+    limit = float(np.quantile(np.abs(np.concatenate([m_before, m_after])), 0.95)) or 1.0
+    x, y = both @ unit, both @ component
+    n = len(before)
+    for one in range(n):
+        axes.plot(x[[one, one + n]], y[[one, one + n]], ":", color="0.8", lw=0.6, zorder=0)
+    for part, m, marker, label in ((slice(0, n), m_before, "o", "before"), (slice(n, None), m_after, "^", "after")):
+        shown = axes.scatter(
+            x[part], y[part], c=m, cmap="coolwarm", vmin=-limit, vmax=limit, marker=marker, s=22, edgecolor="0.3",
+            linewidths=0.3, label=f"{label} DPO ({100 * (m > 0).mean():.0f} % fire)",
+        )  # fmt: skip
+    figure.colorbar(shown, label=f"activation of {name}")
+    axes.set_xlabel("projection on the mean shift")
+    axes.set_ylabel("first principal component of the rest")
+    axes.set_title(f"Streams before the MLP of {name} (cf. Lee et al. figure 4)", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def shift_cosines(cosines: list[np.ndarray], activation: np.ndarray, layer: int, path: Path) -> None:
+    """How earlier layers' value vectors moved relative to a layer's offset, and their activations (Lee figure 5).
+
+    cosines: `[d_mlp]` for each earlier layer; activation `[n earlier layers, d_mlp]`: means before DPO.
+    """
+    step = max(1, len(cosines) // 8)
+    shown = range(len(cosines) - 1, -1, -step)[:8]
+    figure, panels = plt.subplots(2, len(shown), figsize=(1.5 * len(shown) + 1, 3.6), sharey="row", squeeze=False)
+    limit = float(np.quantile(np.abs(activation), 0.98)) or 1.0
+    for column, earlier in enumerate(sorted(shown)):
+        for axes, values, bins, color in (
+            (panels[0][column], cosines[earlier], np.linspace(-1, 1, 41), "#2c5aa0"),
+            (panels[1][column], activation[earlier], np.linspace(-limit, limit, 41), "#e08e0b"),
+        ):
+            axes.hist(
+                np.clip(values, bins[0], bins[-1]), bins, weights=np.full(len(values), 100 / len(values)), color=color
+            )
+            axes.axvline(0, color="0.4", lw=0.8)
+            axes.text(0.03, 0.9, f"{100 * (values < 0).mean():.0f} % < 0", transform=axes.transAxes, fontsize=6)
+            axes.tick_params(labelsize=6)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0][column].set_title(f"layer {earlier}", fontsize=8)
+    panels[0][0].set_ylabel("% of value vectors", fontsize=7)
+    panels[1][0].set_ylabel("% of neurons", fontsize=7)
+    figure.suptitle(
+        f"Above: cosine of a value vector's move with layer {layer}'s offset; below: mean activation "
+        "(cf. Lee et al. figure 5)", fontsize=8,
+    )  # fmt: skip
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _range(values: list[dict]) -> tuple[list[float], list[list[float]]]:
     """Means and the error bars down to `low` and up to `high`, as matplotlib takes them."""
     means = [value["mean"] for value in values]

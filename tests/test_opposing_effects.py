@@ -108,11 +108,11 @@ def test_continuations_can_be_shipped_and_equal_transformers(family, traced, tin
 
     model = traced(family)
     (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
-    found = script.continue_greedily(model, batch)
+    found = observation.continue_greedily(model, batch)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tiny(family)).eval().generate(**batch, **greedy())
     assert torch.equal(found, expected[:, -NEW_TOKENS:])
-    assert torch.equal(script.continue_greedily(model, batch, "local"), found)
+    assert torch.equal(observation.continue_greedily(model, batch, "local"), found)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["whole", "ended"])
@@ -121,10 +121,10 @@ def test_the_base_model_s_own_text_gives_its_own_means(begun, early):
     config = begun.base._module.generation_config
     before = config.eos_token_id
     if early:
-        rows, _ = script.own_text(begun)
+        rows, _ = observation.own_text(begun)
         config.eos_token_id = rows[0][-NEW_TOKENS + 5]
     try:
-        rows, counted = script.own_text(begun)
+        rows, counted = observation.own_text(begun)
         *_, generated = neurons.mean_activations(begun.base, begun.prompts.items, 4)
     finally:
         config.eos_token_id = before
@@ -139,7 +139,7 @@ def test_measure_by_raw_hooks_and_numpy(begun, family, tiny):
     """Shared text: raw hooks of the other model on the same ids. Halves: each pairs what it says it pairs."""
     from transformers import AutoModelForCausalLM
 
-    text = script.own_text(begun)
+    text = observation.own_text(begun)
     (stage,) = begun.stages()
     row, tensors = script.measure(begun, stage, text)
     raw = AutoModelForCausalLM.from_pretrained(tiny(family, 1)).eval()

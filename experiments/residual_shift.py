@@ -1,0 +1,304 @@
+"""How DPO's small weight changes move the residual stream (Lee et al. 2024, 5.1, 5.2; figures 2 to 10).
+
+The claims: every parameter keeps a cosine above 0.99 with itself; toxic value vectors stay, but their neurons fire
+less, because the residual stream before their MLP has moved by an offset (figures 3, 4, 6); and this offset is written by
+value vectors that moved against it and are multiplied by negative activations (figures 5, 7 to 10). Measured at the last
+position of each prompt, which both models read alike, for the layers of the --top best toxic neurons. What the paper
+does not have, and this adds:
+
+shared text   the toxic neurons' mean activations when both models read the base model's continuations
+contributions what really wrote the offset, along itself: MLPs by moved value vectors, MLPs by changed activations, and
+              attention (exact for the mean over prompts, Gemma's norms included); the claim is about the first
+random        share of moved value vectors that point against a random direction instead of the offset
+intervals     over prompts, of each toxic neuron's drop
+
+Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, shifts.safetensors
+and figures/ to runs/residual_shift/<model>/.
+
+    python experiments/residual_shift.py                # 3 minutes on two CPU cores
+    python experiments/residual_shift.py --model gpt2 --neurons L19.N770,L12.N771,L18.N2669,L13.N668
+"""
+
+import click
+
+from lib.cli import options
+from lib.observation import OPTIONS, percent, spread
+
+DRAWS = 20  # random directions
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*OPTIONS)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Toxic neurons by cosine (figure 2).")
+@click.option("--neurons", help="These instead, such as L19.N770,L12.N771.")
+def main(top, neurons, **options):
+    from lib import observation
+    from lib.models import d_mlp, n_layers, parse_neuron
+
+    with observation.begin("residual_shift", {**options, "top": top, "neurons": neurons}) as run:
+        sizes = n_layers(run.base), d_mlp(run.base)
+        given = neurons and [parse_neuron(name, *sizes, "--neurons") for name in neurons.split(",")]
+        rows = []
+        for stage in run.stages():
+            chosen = given or best(run, stage, top)
+            row, tensors = measure(run, stage, chosen)
+            rows.append(row)
+            if stage.seed == run.seeds[0]:
+                first = tensors
+        record = write(run, rows, first)
+    report(run, record)
+
+
+def best(run, stage, top: int) -> list[tuple[int, int]]:
+    """The neurons whose value vectors align best with the probe, as (layer, index)."""
+    from lib import neurons, vectors
+
+    written = run.protocol.value_vectors == "written"
+    _, cosine = neurons.value_projections(run.base._module, stage.probe, through_norm=written)
+    return [divmod(int(at), cosine.shape[1]) for at in vectors.ranked(cosine)[:top]]
+
+
+def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
+    """One seed's row of the record, and what its figures are drawn from."""
+    from lib import neurons, observation
+    from lib.statistics import Bootstrap
+
+    remote = run.options["remote"] or False
+    models = {"pre": run.base, "post": stage.post}
+    last = {name: last_positions(run, model, chosen, remote) for name, model in models.items()}
+    prompts = [ids for batch in batches_of(run) for ids in unpadded(batch)]
+    at_last = [range(len(ids) - 1, len(ids)) for ids in prompts]
+    shared = observation.own_text(run)
+    means = {
+        "last": [neurons.text_means(m, prompts, at_last, run.batch_size, remote) for m in models.values()],
+        "shared": [neurons.text_means(m, *shared, run.batch_size, remote) for m in models.values()],
+        "own": [stage.pre_means, stage.post_means],
+    }
+    over_prompts = Bootstrap(len(prompts), run.options["seed"])
+    found = []
+    for at, (layer, index) in enumerate(chosen):
+        before, after = (last[name]["activations"][:, at] for name in models)
+        one = {"neuron": f"L{layer}.N{index}"}
+        for text, pair in means.items():
+            one[text] = {name: float(mean.activation[layer, index]) for name, mean in zip(models, pair, strict=True)}
+        one["change_at_last"] = over_prompts.difference(after, before)
+        found.append(one)
+    layers = sorted({layer for layer, _ in chosen})
+    offsets = {layer: offset(run, stage, layer, last, means["last"]) for layer in layers}
+    row = {
+        "seed": stage.seed,
+        "parameters": parameters(run.base._module, stage.post._module),
+        "neurons": found,
+        "layers": {str(layer): entry for layer, (entry, _) in offsets.items()},
+    }
+    figures = {"last": last, "chosen": chosen, "cosines": {layer: cosines for layer, (_, cosines) in offsets.items()}}
+    return row, figures | {"activation": means["last"][0].activation}
+
+
+def batches_of(run):
+    """The prompts' batches."""
+    from lib.generation import batches
+
+    return batches(run.base.tokenizer, run.prompts.items, run.batch_size, run.base.device)
+
+
+def unpadded(batch: dict) -> list[list[int]]:
+    """Token ids of each row."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [ids[real].tolist() for ids, real in pairs]
+
+
+def last_positions(run, model, chosen: list[tuple[int, int]], remote) -> dict:
+    """At each prompt's last position: the residual stream before the MLP of the chosen neurons' layers
+    `{layer: [n_prompts, d_model]}`, and the neurons' activations `[n_prompts, n_chosen]`, float64.
+    """
+    import torch
+
+    layers = sorted({layer for layer, _ in chosen})
+    parts = [observe(model, batch, layers, chosen, remote) for batch in batches_of(run)]
+    streams = {layer: torch.cat([streams[at] for streams, _ in parts]).double() for at, layer in enumerate(layers)}
+    return {"streams": streams, "activations": torch.cat([activations for _, activations in parts]).double()}
+
+
+def observe(model, batch: dict, layers: list[int], chosen: list[tuple[int, int]], remote=False) -> tuple:
+    """One batch of `last_positions`: streams `[n_layers chosen, batch, d_model]`, activations `[batch, n_chosen]`."""
+    import nnsight
+    import torch
+
+    from lib.models import mlp_norm, mlp_out
+
+    rows, width = len(batch["input_ids"]), model._module.config.hidden_size
+    with model.trace(batch, logits_to_keep=1, remote=remote):
+        streams = nnsight.save(torch.zeros(len(layers), rows, width))
+        activations = nnsight.save(torch.zeros(rows, len(chosen)))
+        for at, layer in enumerate(layers):
+            streams[at] = mlp_norm(model, layer).input[:, -1].float().cpu()  # between attention and MLP
+            m = mlp_out(model, layer).input[:, -1].float().cpu()  # [batch, d_mlp]
+            for place, (own, index) in enumerate(chosen):
+                if own == layer:
+                    activations[:, place] = m[:, index]
+    return streams, activations
+
+
+def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]:
+    """The mean shift of the residual stream before a layer's MLP, what wrote it, and which value vectors oppose it.
+
+    Returns: the layer's entry of the record, and the cosines of all earlier layers' value-vector shifts with it,
+        `[d_mlp]` each.
+    """
+    import torch
+
+    before, after = (last[name]["streams"][layer] for name in ("pre", "post"))
+    own = after - before  # [n_prompts, d_model]
+    mean = own.mean(0)
+    unit = mean / mean.norm().clamp(min=1e-30)
+    generator = torch.Generator().manual_seed(stage.seed)
+    random = torch.randn(DRAWS, len(unit), generator=generator, dtype=torch.float64)
+    random /= random.norm(dim=1, keepdim=True)
+    pre, post = means
+    cosines, against_random, parts = [], [], {"moved value vectors": 0.0, "changed activations": 0.0, "biases": 0.0}
+    for earlier in range(layer):
+        first, second = (written(model._module, earlier) for model in (run.base, stage.post))  # [d_mlp, d_model]
+        moved = second - first
+        length = moved.norm(dim=1).clamp(min=1e-30)
+        cosines.append(moved @ unit / length)
+        against_random.append(moved @ random.T / length[:, None])  # [d_mlp, DRAWS]
+        parts["moved value vectors"] += float(pre.write[earlier] @ (moved @ unit))
+        parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ (second @ unit))
+        parts["biases"] += float((bias(stage.post._module, earlier) - bias(run.base._module, earlier)) @ unit)
+    total = float(mean.norm())
+    parts["attention and embedding"] = total - sum(parts.values())
+    entry = {
+        "length": total,
+        "relative_length": total / float(before.norm(dim=1).mean()),
+        "percent_along": percent(own @ unit > 0),
+        "contributions": {name: 100 * part / (total or 1) for name, part in parts.items()},
+    }
+    if cosines:
+        every, activation = torch.stack(cosines), pre.activation[:layer]
+        entry |= {
+            "against": [percent(cosine < 0) for cosine in cosines],
+            "percent_against": percent(every < 0),
+            "percent_against_random": spread([percent(one < 0) for one in torch.cat(against_random).T]),
+            "percent_negative_activation": percent(activation < 0),
+            "percent_contributing": percent(every * activation > 0),
+        }
+    return entry, cosines
+
+
+def written(module, layer: int):
+    """Value vectors as the residual stream sees them, `[d_mlp, d_model]` float64."""
+    from lib.models import value_vectors, write_gain
+
+    return value_vectors(module, layer).cpu().double() * write_gain(module, layer).cpu().double()
+
+
+def bias(module, layer: int):
+    """What the MLP adds whatever its neurons do, `[d_model]` float64: its last map's bias, or zeros."""
+    import torch
+
+    from lib.models import FAMILIES, reach
+
+    kind = FAMILIES[module.config.model_type]
+    found = reach(reach(module, kind.layers)[layer], kind.mlp_out).bias
+    return torch.zeros(module.config.hidden_size, dtype=torch.float64) if found is None else found.cpu().double()
+
+
+def parameters(base, post) -> dict[str, dict]:
+    """How far training moved the parameters, by kind: lowest cosine with itself, mean |change| of an entry, and the
+    length of the change over the parameter's own. base, post: torch models.
+    """
+    import torch
+
+    kinds = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
+    sums: dict[str, dict] = {}
+    for (name, before), (_, after) in zip(base.named_parameters(), post.named_parameters(), strict=True):
+        kind = next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "norm")
+        if "norm" in name:
+            kind = "norm"
+        x, y = before.detach().flatten(), after.detach().flatten()
+        dot, xx, yy = (float((a * b).sum(dtype=torch.float64)) for a, b in ((x, y), (x, x), (y, y)))
+        change = (y - x).abs()
+        one = sums.setdefault(kind, {"lowest_cosine": 1.0, "n": 0, "change": 0.0, "squares": 0.0, "own": 0.0})
+        if xx and yy:
+            one["lowest_cosine"] = min(one["lowest_cosine"], dot / (xx * yy) ** 0.5)
+        one["n"] += len(x)
+        one["change"] += float(change.sum(dtype=torch.float64))
+        one["squares"] += float(change.square().sum(dtype=torch.float64))
+        one["own"] += xx
+    return {
+        kind: {
+            "entries": one["n"],
+            "lowest_cosine": one["lowest_cosine"],
+            "mean_change": one["change"] / one["n"],
+            "relative_change": (one["squares"] / (one["own"] or 1)) ** 0.5,
+        }
+        for kind, one in sums.items()
+    }
+
+
+def write(run, rows: list[dict], first: dict) -> dict:
+    """The record of all seeds; tensors and figures of the first."""
+    from safetensors.torch import save_file
+
+    from lib import observation, plots
+
+    last, figures = first["last"], run.work / "figures"
+    tensors = {}
+    for layer in last["pre"]["streams"]:
+        before, after = (last[name]["streams"][layer] for name in ("pre", "post"))
+        tensors[f"offset.L{layer}"] = (after - before).mean(0).float()
+    save_file(tensors, run.work / "shifts.safetensors")
+    plots.toxic_activations(rows[0]["neurons"], figures / "toxic_activations.png")
+    for place, (layer, index) in enumerate(first["chosen"]):
+        if layer in [other for other, _ in first["chosen"][:place]]:
+            continue
+        streams = [last[name]["streams"][layer].numpy() for name in ("pre", "post")]
+        activations = [last[name]["activations"][:, place].numpy() for name in ("pre", "post")]
+        name = f"L{layer}.N{index}"
+        plots.offset(*streams, *activations, name, figures / f"offset_{name}.png")
+        if cosines := first["cosines"][layer]:
+            means = first["activation"][:layer].numpy()
+            plots.shift_cosines([c.numpy() for c in cosines], means, layer, figures / f"cosines_L{layer}.png")
+    return observation.write(run, rows, {}, top=run.options["top"], neurons=run.options["neurons"])
+
+
+def report(run, record: dict) -> None:
+    """Print parameters, toxic neurons, and the offsets of their layers."""
+    from lib.evaluation import wide_console
+    from lib.observation import show
+
+    rows, lines = record["rows"], []
+    for kind in rows[0]["parameters"]:
+        found = [row["parameters"][kind] for row in rows]
+        lines.append((f"{kind}: lowest cosine with itself", [one["lowest_cosine"] for one in found], None))
+        lines.append(("  mean |change| of an entry", [one["mean_change"] for one in found], None))
+    for at, one in enumerate(rows[0]["neurons"]):
+        lines.append(
+            (f"{one['neuron']}: change at the prompt's end", [r["neurons"][at]["change_at_last"] for r in rows], None)
+        )
+        for text in ("own", "shared"):
+            pairs = [row["neurons"][at][text] for row in rows]
+            lines.append((f"  before DPO, {text} text", [pair["pre"] for pair in pairs], None))
+            lines.append((f"  after DPO, {text} text", [pair["post"] for pair in pairs], None))
+    for layer in rows[0]["layers"]:
+        found = [row["layers"].get(layer) for row in rows]
+        if None in found:  # another seed's probe chose other layers
+            continue
+        lines.append((f"layer {layer}: offset / length of the stream", [one["relative_length"] for one in found], None))
+        lines.append(("  prompts that move along it, %", [one["percent_along"] for one in found], None))
+        for part in found[0]["contributions"]:
+            lines.append((f"  written by {part}, %", [one["contributions"][part] for one in found], None))
+        if "against" in found[0]:
+            lines.append(("  value vectors that moved against it, %", [one["percent_against"] for one in found], None))
+            lines.append(("    against random directions", [one["percent_against_random"] for one in found], None))
+            lines.append(("  negative activations, %", [one["percent_negative_activation"] for one in found], None))
+            lines.append(("  activation and move of one sign, %", [one["percent_contributing"] for one in found], None))
+    console = wide_console()
+    show(console, record, lines)
+    console.print("Lee et al., GPT2-medium: cosines above 0.99, mean norm difference below 1e-5", markup=False)
+    console.print(f"Record, offsets and figures: {run.out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
