@@ -1,10 +1,10 @@
 """How DPO's small weight changes move the residual stream (Lee et al. 2024, 5.1, 5.2; figures 2 to 10).
 
 The claims: every parameter keeps a cosine above 0.99 with itself; toxic value vectors stay, but their neurons fire
-less, because the residual stream before their MLP has moved by an offset (figures 3, 4, 6); and this offset is written by
-value vectors that moved against it and are multiplied by negative activations (figures 5, 7 to 10). Measured at the last
-position of each prompt, which both models read alike, for the layers of the --top best toxic neurons. What the paper
-does not have, and this adds:
+less, because the residual stream before their MLP has moved by an offset (figures 3, 4, 6); and this offset is
+written by value vectors that moved against it and are multiplied by negative activations (figures 5, 7 to 10).
+Measured at the last position of each prompt, which both models read alike, for the layers of the --top best toxic
+neurons. What the paper does not have, and this adds:
 
 shared text   the toxic neurons' mean activations when both models read the base model's continuations
 contributions what really wrote the offset, along itself: MLPs by moved value vectors, MLPs by changed activations, and

@@ -123,6 +123,7 @@ class Experiment:
         edits: dict[Condition, Any],
         generate: Callable,
         likelihood: Callable,
+        edit_post: bool = False,
     ) -> None:
         """Measure the base model, the model after DPO, and the base model under every edit.
 
@@ -130,9 +131,11 @@ class Experiment:
             edits: condition -> what the script's trace applies; NO_EDIT is measured as `none` is.
             generate: the script's `(model, batch, edit, where, remote) -> ids [batch, NEW_TOKENS]`.
             likelihood: the script's `(model, batch, edit, where, remote) -> [batch]`, nats.
+            edit_post: edit the model after DPO instead of the base model.
         """
         none, dpo = Condition("none", seed=self.seeds[0]), Condition("dpo", seed=stage.seed)
         whole = {none: NO_EDIT, **({dpo: NO_EDIT} if stage.post else {}), **edits}
+        model = stage.post if edit_post else self.base
         todo = {key: edit for key, edit in whole.items() if key not in self.measured}
         for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
             if condition in (none, dpo):
@@ -140,11 +143,11 @@ class Experiment:
                 self.measured[condition] = self._unedited(*which, generate, likelihood)
                 continue
             if edit is NO_EDIT:
-                self.measured[condition] = self.measured[none]
+                self.measured[condition] = self.measured[dpo if edit_post else none]
                 continue
             self.measured[condition] = results.once(
                 self.work / "conditions" / condition.file,
-                partial(self._measure, self.base, edit, generate, likelihood, self._brief(condition), condition.kind),
+                partial(self._measure, model, edit, generate, likelihood, self._brief(condition), condition.kind),
             )
             self.neurons[condition] = getattr(edit, "n_neurons", 0)
 
@@ -341,8 +344,6 @@ class Experiment:
 
     def report(self, record: dict, shown: tuple[str, ...], before: Callable[[Console], None] | None = None) -> None:
         """Print the table, one prompt's continuations under the `shown` conditions, and where everything lies."""
-        from lib import paper
-
         console, params = evaluation.wide_console(), record["params"]
         if before:
             before(console)
@@ -351,8 +352,13 @@ class Experiment:
             f"{record['model']}, {params['limit']} prompts{seeds}, toxicity by {params['scorer']}, "
             f"{params['protocol']} protocol ({self.protocol.edit_positions} positions edited)"
         )
-        has = any(row.get("published") for row in record["rows"])
-        console.print(evaluation.table(record, title, paper.counterpart(record["model"]) if has else None))
+        published = [row["published"]["model"] for row in record["rows"] if row.get("published")]
+        table = evaluation.table(record, title, published[0] if published else None)
+        # Wide enough for every cell: rich would cut numbers off on a narrow screen.
+        console.width = max(
+            console.width, console.measure(table, options=console.options.update(max_width=400)).maximum
+        )
+        console.print(table)
         first = {
             f"{c.name}, {c.kind}" if c.kind != "none" else c.name: m
             for c, m in self.measured.items()

@@ -1,5 +1,7 @@
 """Published numbers, by the names that the scripts use. Toxicity is Detoxify's; perplexity is its logarithm."""
 
+import math
+
 # Yang tables 2 and 19: condition -> model -> (toxicity, log-perplexity, F1). Perplexity was measured with the edit at
 # position 0 alone. Table 19 repeats Mistral's DPO row as 0.221 / 2.01 / 0.233.
 PATCHING = {
@@ -152,6 +154,16 @@ SHIFT_CORRELATIONS = {
 # projection changes inconsistently.
 SUBSPACE = {"gpt2": (74.7, 74.3)}
 
+# Lee tables 2 and 4 (GPT2-medium): toxicity by Perspective, perplexity as its exponential, F1.
+LEE = {
+    "none": (0.453, 21.7, 0.193),
+    "dpo": (0.208, 23.34, 0.195),
+    "steer probe": (0.245, 23.56, 0.193),
+    "steer value:L19.N770": (0.305, 23.3, 0.192),
+    "steer svd:0": (0.268, 23.48, 0.193),
+    "unalign": (0.458, 23.3, 0.195),
+}
+
 # Lee table 1: the value vectors of GPT2-medium, best aligned with its probe first.
 LEE_TOXIC_VECTORS = ((19, 770), (12, 771), (18, 2669), (13, 668), (16, 255), (12, 882), (19, 1438))
 
@@ -189,6 +201,15 @@ PROBE_ACCURACY = {"gpt2": 0.956, "llama": 0.926, "gemma": 0.961, "mistral": 0.91
 
 # The paper's model that a model from PyPI resembles most, for a column of published numbers beside ours.
 COUNTERPART = {"gemma-270m": "gemma", "smollm2": "llama"}
+
+
+def lee(condition: str) -> dict:
+    """`{"published": ...}` of a condition of Lee's tables, as rows of a record hold it, or nothing."""
+    if condition not in LEE:
+        return {}
+    toxicity, perplexity, f1 = LEE[condition]
+    row = {"model": "gpt2", "toxicity": toxicity, "log_ppl": round(math.log(perplexity), 3), "f1": f1}
+    return {"published": row}
 
 
 def counterpart(model: str) -> str | None:

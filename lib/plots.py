@@ -215,6 +215,28 @@ def reduction_bars(rows: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
+def restored(rows: list[tuple[dict, dict | None]], path: Path) -> None:
+    """How much of DPO's cut in toxicity each un-aligning brings back (%), with intervals; controls pale.
+
+    rows: of a record, each with its share, or None where there is none.
+    """
+    shown = [(row, share) for row, share in rows if share]
+    colors = {"keys": "#c0392b", "keys and bias": "#8e44ad", "values": "#2c5aa0"}
+    figure, axes = plt.subplots(figsize=(7.5, 0.32 * max(3, len(shown)) + 1.3))
+    for place, (row, share) in enumerate(shown):
+        axes.barh(place, share["mean"], color=colors[row["kind"]], alpha=0.35 if row["of"] else 0.85, height=0.7)
+        axes.plot([share["low"], share["high"]], [place, place], color="0.2", lw=1)
+    axes.set_yticks(
+        range(len(shown)), [f"{row['condition'].replace('_', ' ')}, {row['kind']}" for row, _ in shown], fontsize=8
+    )
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.5", lw=0.8)
+    axes.axvline(100, color="0.5", lw=0.8, ls=":")
+    axes.set_xlabel("% of DPO's cut in toxicity that comes back (100: the base model; pale: controls)", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     """Toxicity against log-perplexity with every position edited, intervals on both; one line for each series of edits.
 
