@@ -12,7 +12,6 @@ from pathlib import Path
 import click
 
 from lib.cli import options
-from lib.embedded import EMBEDDED
 
 
 @click.command(help=__doc__)
@@ -22,6 +21,11 @@ from lib.embedded import EMBEDDED
     type=click.Choice(["lee2024", "yang2025", "embedded"]),
     help="Hyperparameters; the options below change single ones.  [default: embedded for the models from PyPI, else "
     "yang2025]",
+)
+@click.option(
+    "--trainable",
+    help="all, biases, late:K, values:NEURONS, keys:NEURONS or lora:R; NEURONS: names such as L19.N770,L12.N771, or a "
+    "file of them.  [default: all]",
 )
 @click.option("--beta", type=click.FloatRange(0, min_open=True))
 @click.option("--kl-weight", type=click.FloatRange(0), help="Weight of KL(reference || policy) (Yang, table 10).")
@@ -46,14 +50,17 @@ from lib.embedded import EMBEDDED
 def main(model, revision, device, dtype, pairs, preset, out, overwrite, **changes):
     import dataclasses
 
-    from dpo.config import make_config
+    from dpo.config import default_preset, make_config
+    from dpo.trainable import read
     from lib import artifacts, data
     from lib.models import pick_device, resolve
 
     if out:
         artifacts.refuse_existing(Path(out), overwrite)
     pick_device(device)
-    config = make_config(preset or ("embedded" if model in EMBEDDED else "yang2025"), model, **changes)
+    if changes["trainable"]:
+        changes["trainable"] = read(changes["trainable"])
+    config = make_config(preset or default_preset(model), model, **changes)
     loaded = data.pairs(pairs)
     source = resolve(model, revision)
     fields = {
@@ -89,6 +96,7 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     logging.disable_progress_bar()  # of single weights
     dtype = "float32" if dtype == "auto" else dtype  # the papers train in float32 on every device
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
+    model.name_or_path = source.name  # what a LoRA checkpoint calls its base model
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     about = {
         "model": source.name,

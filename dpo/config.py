@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from lib.embedded import EMBEDDED
+
 
 @dataclass(frozen=True)
 class Config:
     """Hyperparameters. One update sees `batch_size * accumulate` pairs."""
 
+    trainable: str = "all"  # see dpo/trainable.py
     beta: float = 0.1
     kl_weight: float = 0.0  # Yang's gamma: weight of KL(reference || policy) on both responses
     optimizer: str = "rmsprop"  # or adamw
@@ -46,6 +49,11 @@ PRESETS = {
     ),
 }
 YANG_KL_WEIGHT = {"gpt2": 0.02, "llama": 0.1, "gemma": 0.05, "mistral": 0.05}
+
+
+def default_preset(model: str) -> str:
+    """The preset of a model when none is given."""
+    return "embedded" if model in EMBEDDED else "yang2025"
 
 
 def make_config(name: str, model: str, **changes) -> Config:

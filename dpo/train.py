@@ -15,6 +15,7 @@ from dpo.checkpoint import load_state, save_state
 from dpo.config import Config
 from dpo.data import TokenPair, collate, order_of, response_logits, split, tokenize
 from dpo.loss import dpo_loss, kl_from_reference, response_log_probs
+from dpo.trainable import choose
 from lib.data import Pair
 from lib.errors import UserError
 
@@ -26,16 +27,17 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
     with the weights that an uninterrupted run ends with.
 
     Args:
-        model: a causal language model; all its parameters are trained, dropout off.
+        model: a causal language model, changed in place; dropout off.
         about: goes into training.json beside the configuration (where model and pairs came from, versions).
         progress: called as `progress(updates done, updates in all, last log record)`.
 
     Returns: what training.json says.
 
     Raises:
-        UserError: too few pairs, a response without tokens, a loss that is not finite.
+        UserError: too few pairs, a response without tokens, a loss that is not finite, no such part to train.
     """
     torch.manual_seed(config.seed)
+    model, masks = choose(model, config.trainable)
     prepare(model)
     device = next(model.parameters()).device
     tokens = tokenize(tokenizer, pairs, config.max_prompt, config.max_response, config.append_eos)
@@ -76,6 +78,8 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         chosen = updates[step]
         batches = [chosen[at : at + config.batch_size] for at in range(0, len(chosen), config.batch_size)]
         record = objective(model, reference, train_pairs, train_reference, batches, config, device)
+        for parameter, mask in masks.items():
+            parameter.grad.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not (math.isfinite(record["loss"]) and norm.isfinite()):
             raise UserError(
@@ -116,6 +120,7 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
     summary = {
         **about,
         "config": asdict(config),
+        "trained_entries": trained_entries(model, masks),
         "train_pairs": len(train_pairs),
         "valid_pairs": len(valid_pairs),
         "best_step": state["best_step"],
@@ -137,7 +142,13 @@ def prepare(model) -> None:
     # Where the head shares the embedding's weight, its gradient is dense and the embedding's touches the batch's tokens
     # alone: added in place (see `objective`) instead of as a second dense [vocab, d_model] tensor, which took a third
     # of the backward pass on a 262,144-token vocabulary.
-    embedding.sparse = embedding.weight is model.get_output_embeddings().weight
+    embedding.sparse = embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad
+
+
+def trained_entries(model, masks: dict) -> int:
+    """How many numbers training may change."""
+    whole = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in masks)
+    return whole + sum(int(mask.sum()) for mask in masks.values())
 
 
 def evaluate(model, reference, pairs: list[TokenPair], log_probs, config: Config, device) -> dict[str, float]:
@@ -167,7 +178,7 @@ def objective(model, reference, pairs, log_probs, batches: list[list[int]], conf
     for indices, batch in zip(batches, collated, strict=True):
         batch = batch.to(device)
         embedded = model.get_input_embeddings()(batch.ids)
-        leaf = embedded.detach().requires_grad_(torch.is_grad_enabled())
+        leaf = embedded.detach().requires_grad_(embedded.requires_grad)
         logits = response_logits(model, batch, leaf)
         policy = response_log_probs(logits, batch.targets, batch.mask).chunk(2)
         kl = torch.zeros((), device=device)
@@ -185,7 +196,10 @@ def objective(model, reference, pairs, log_probs, batches: list[list[int]], conf
         loss = losses.sum() / n_pairs + config.kl_weight * kl
         if torch.is_grad_enabled():
             loss.backward()
-            embedded.backward(leaf.grad)  # apart and last: autograd then adds a sparse gradient to the head's in place
+            if embedded.requires_grad:
+                embedded.backward(
+                    leaf.grad
+                )  # apart and last: autograd then adds a sparse gradient to the head's in place
         totals["loss"] += float(loss.detach())
         totals["accuracy"] += float((chosen > rejected).sum()) / n_pairs
         totals["margin"] += float((chosen - rejected).sum()) / n_pairs
@@ -215,7 +229,8 @@ def _update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:
 def _optimizer(model, config: Config):
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, lr=config.learning_rate)
+    # No decay: it would move the entries that a mask leaves alone.
+    return kind(parameters, lr=config.learning_rate, weight_decay=0.0)
 
 
 def _save_best(folder: Path, model, tokenizer) -> None:

@@ -72,7 +72,8 @@ def main(top, factor, **options):
                         edits[stage.condition(label(count, value), kind)] = scaling(kind, mask, value)
             features = [norms, stage.post_means.activation.abs()]
             edits |= controlled(run, stage, neurons.top(cosine, top[0]), top[0], factor[0], features)
-            run.measure(stage, edits, generate, negative_log_likelihood, edit_post=True)
+            post = (stage.post, run.artifacts_of[stage.seed][1])
+            run.measure(stage, edits, generate, negative_log_likelihood, on=post)
         record = write(run)
     run.report(record, ("none", "dpo", label(top[0], factor[0])), lambda console: report(console, record))
 

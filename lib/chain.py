@@ -53,11 +53,11 @@ def trained_probe(*arguments: str) -> Path:
     return run(str(script), *arguments) / "probe.safetensors"
 
 
-def post_source(options: dict, seed: int) -> Source:
-    """The model after DPO: --post, or the checkpoint that `python -m dpo` makes for a seed."""
+def post_source(options: dict, seed: int, *more: str) -> Source:
+    """--post, or the checkpoint that `python -m dpo` makes for a seed; more: further arguments of that command."""
     if options["post"]:
         return resolve(options["post"], option="--post")
-    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed))))
+    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed), *more)))
 
 
 def run(*command: str) -> Path:

@@ -123,19 +123,19 @@ class Experiment:
         edits: dict[Condition, Any],
         generate: Callable,
         likelihood: Callable,
-        edit_post: bool = False,
+        on: tuple[Any, models.Source] | None = None,
     ) -> None:
         """Measure the base model, the model after DPO, and the base model under every edit.
 
         Args:
-            edits: condition -> what the script's trace applies; NO_EDIT is measured as `none` is.
+            edits: condition -> what the script's trace applies; NO_EDIT: the model that `on` names, as it is.
             generate: the script's `(model, batch, edit, where, remote) -> ids [batch, NEW_TOKENS]`.
             likelihood: the script's `(model, batch, edit, where, remote) -> [batch]`, nats.
-            edit_post: edit the model after DPO instead of the base model.
+            on: (nnsight model, its source) that the edits apply to; None: the base model.
         """
         none, dpo = Condition("none", seed=self.seeds[0]), Condition("dpo", seed=stage.seed)
         whole = {none: NO_EDIT, **({dpo: NO_EDIT} if stage.post else {}), **edits}
-        model = stage.post if edit_post else self.base
+        edited, source = on or (self.base, self.source)
         todo = {key: edit for key, edit in whole.items() if key not in self.measured}
         for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
             if condition in (none, dpo):
@@ -143,11 +143,11 @@ class Experiment:
                 self.measured[condition] = self._unedited(*which, generate, likelihood)
                 continue
             if edit is NO_EDIT:
-                self.measured[condition] = self.measured[dpo if edit_post else none]
+                self.measured[condition] = self._unedited(edited, source, generate, likelihood)
                 continue
             self.measured[condition] = results.once(
                 self.work / "conditions" / condition.file,
-                partial(self._measure, model, edit, generate, likelihood, self._brief(condition), condition.kind),
+                partial(self._measure, edited, edit, generate, likelihood, self._brief(condition), condition.kind),
             )
             self.neurons[condition] = getattr(edit, "n_neurons", 0)
 

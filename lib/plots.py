@@ -237,6 +237,48 @@ def restored(rows: list[tuple[dict, dict | None]], path: Path) -> None:
     _save(figure, path)
 
 
+def robustness(variants: list[dict], rows: list[dict], path: Path) -> None:
+    """Toxicity and perplexity of each variant of DPO, and the share of its cut that un-aligning brings back.
+
+    variants, rows: `robustness` and `rows` of robust_alignment.py's record.
+    """
+    by_name = {row["condition"]: row for row in rows if not row["of"]}
+    names = [one["variant"] for one in variants]
+    labels = ["plain DPO" if name == "dpo" else name for name in names]
+    figure, panels = plt.subplots(1, 3, figsize=(11, 0.4 * len(names) + 1.5), sharey=True)
+    places = np.arange(len(names))
+    for shift, suffix, color, label in (
+        (-0.18, "", "#2c5aa0", "as trained"),
+        (0.18, " un-aligned", "#c0392b", "un-aligned"),
+    ):
+        found = [by_name[name + suffix] for name in names]
+        mean = np.array([row["toxicity"]["mean"] for row in found])
+        around = np.abs([[row["toxicity"][end] for row in found] for end in ("low", "high")] - mean)
+        panels[0].barh(places + shift, mean, 0.34, xerr=around, color=color, label=label, error_kw={"lw": 0.8})
+        panels[1].plot([row["log_ppl"] for row in found], places + shift, "o", color=color)
+    base = by_name["none"]
+    panels[0].axvline(base["toxicity"]["mean"], color="0.4", ls=":", lw=1, label="base model")
+    panels[1].axvline(base["log_ppl"], color="0.4", ls=":", lw=1)
+    for place, one in enumerate(variants):
+        if share := one.get("percent_restored"):
+            panels[2].errorbar(
+                share["mean"], place, xerr=[[share["mean"] - share["low"]], [share["high"] - share["mean"]]],
+                fmt="o", color="#c0392b", elinewidth=0.8,
+            )  # fmt: skip
+        if random := one.get("percent_restored_random"):
+            panels[2].plot(random["mean"], place, "o", mfc="none", color="0.5")
+    panels[2].axvline(0, color="0.5", lw=0.8)
+    panels[0].set_yticks(places, labels, fontsize=8)
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=7)
+    titles = ("toxicity", "log-perplexity", "% of its cut that comes back\n(hollow: random keys)")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     """Toxicity against log-perplexity with every position edited, intervals on both; one line for each series of edits.
 

@@ -1,0 +1,242 @@
+"""Is DPO harder to undo when it may change only a part of the model? (Lee et al. 2024, section 6.1, open questions)
+
+The paper finds that DPO leaves toxic neurons in place and moves the residual stream around them, so that scaling
+their keys brings toxicity back, and asks: what if only the weights that elicit toxicity were updated, or only the bias
+terms, or only late layers? Each entry of --variants is a DPO run with `python -m dpo --trainable ...` on the same
+pairs, measured as it is and un-aligned as in unalign.py (the keys of the --top best aligned neurons, times --factor),
+beside plain DPO (`all`):
+
+biases          the bias terms (in families without any: one added to each MLP's last map)
+late:K          the last K layers
+values:N        the N value vectors that align best with the probe; values:FILE: a file's neurons
+keys:N          their key vectors
+lora:R          low-rank adapters of rank R
+
+A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES, times the
+preset's), chosen on validation loss. What un-aligning brings back is a share of what that variant cut; a variant is
+harder to undo when its share is smaller than plain DPO's, the interval of the difference apart from 0.
+`--controls quick` scales the keys of as many random neurons in every variant.
+
+Needs a probe, made when missing or given (--probe), and DPO checkpoints, made when missing. Writes run.json,
+generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/robust_alignment/<model>/.
+
+    python experiments/robust_alignment.py          # 40 minutes on two CPU cores, most of them training
+"""
+
+from dataclasses import dataclass
+
+import click
+
+from lib.cli import CAUSAL, options
+
+# Times the preset's learning rate.
+LEARNING_RATES = {"all": 1, "biases": 100, "late": 4, "values": 100, "keys": 100, "lora": 40}
+
+
+@dataclass(frozen=True)
+class KeyScaling:
+    """Multiply the keys of neurons by one factor."""
+
+    layers: tuple  # (layer, index [n]) pairs
+    factor: float
+    kind: str = "keys"
+
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons are scaled."""
+        return sum(len(index) for _, index in self.layers)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*CAUSAL)
+@click.option("--variants", default="biases,late:4,values:128,keys:128,lora:8", show_default=True)
+@click.option("--top", type=click.IntRange(1), default=7, show_default=True, help="Neurons whose keys are scaled.")
+@click.option("--factor", type=float, default=10, show_default=True, help="By which.")
+def main(variants, top, factor, **options):
+    from lib import experiment
+    from lib.interventions import NO_EDIT
+    from lib.models import load_like
+
+    names = ["all", *(name.strip() for name in variants.split(",") if name.strip() != "all")]
+    if options["post"]:
+        raise click.BadParameter("every variant is trained here; leave it out.", param_hint="--post")
+    with experiment.begin("robust_alignment", {**options, "variants": names, "top": top, "factor": factor}) as run:
+        sizes = {}
+        for stage in run.stages(means=False):
+            for name in names:
+                source = run.artifacts_of[stage.seed][1] if name == "all" else trained(run, stage, name)
+                model = stage.post if name == "all" else load_like(run.base, source, run.device, run.options["dtype"])
+                label = "dpo" if name == "all" else name
+                sizes.setdefault(label, []).append(change(run.base._module, model._module))
+                edits = {} if name == "all" else {stage.condition(name, "none"): NO_EDIT}
+                edits |= unaligned(run, stage, label, top, factor)
+                run.measure(stage, edits, generate, negative_log_likelihood, on=(model, source))
+        record = write(run, sizes)
+    run.report(record, ("none", "dpo", *names[1:]), lambda console: report(console, record))
+
+
+def trained(run, stage, name: str):
+    """The checkpoint of a variant, trained when missing. Raises click's exit code of the trainer for a wrong name."""
+    from dpo.config import default_preset, make_config
+    from lib import chain
+
+    model, (part, _, rest) = run.options["model"], name.partition(":")
+    if part in ("values", "keys") and rest.isdecimal():
+        name = f"{part}:{','.join(best(run, stage.probe, int(rest)))}"
+    rate = make_config(default_preset(model), model).learning_rate * LEARNING_RATES.get(part, 1)
+    return chain.post_source(run.options, stage.seed, "--trainable", name, "--learning-rate", f"{rate:g}")
+
+
+def best(run, probe, count: int) -> list[str]:
+    """Names of the neurons whose value vectors align best with the probe."""
+    from lib import vectors
+
+    cosine = cosines(run, probe)
+    return [f"L{at // cosine.shape[1]}.N{at % cosine.shape[1]}" for at in vectors.ranked(cosine)[:count].tolist()]
+
+
+def cosines(run, probe):
+    """Cosine of every value vector of the base model with the probe, `[n_layers, d_mlp]`."""
+    from lib import neurons
+
+    written = run.protocol.value_vectors == "written"
+    return neurons.value_projections(run.base._module, probe, through_norm=written)[1]
+
+
+def change(base, post) -> dict[str, float]:
+    """How many numbers training changed, and the length of the change over that of all weights. Torch models."""
+    before = dict(base.named_parameters())
+    squares = own = entries = 0.0
+    for name, after in post.named_parameters():
+        first = before[name] if name in before else 0 * after  # an added bias
+        moved = (after - first).double()
+        squares += float(moved.square().sum())
+        own += float(first.double().square().sum())
+        entries += int((moved != 0).sum())
+    return {"entries": entries, "relative_change": (squares / own) ** 0.5}
+
+
+def unaligned(run, stage, label: str, top: int, factor: float) -> dict:
+    """The keys of the best aligned neurons scaled, and those of as many random ones."""
+    import torch
+
+    from lib import controls, neurons
+
+    mask = neurons.top(cosines(run, stage.probe), top)
+    name = f"{label} un-aligned"
+    edits = {stage.condition(name, "keys"): scaling(mask, factor)}
+    for draw in run.draws(stage):
+        generator = torch.Generator().manual_seed(controls.hash_seed(stage.seed, draw))
+        other = controls.random_mask(mask, generator)
+        edits[stage.condition("control:random", "keys", name, draw)] = scaling(other, factor)
+    return edits
+
+
+def scaling(mask, factor: float) -> KeyScaling:
+    """The edit of the masked neurons, `[n_layers, d_mlp]` bool."""
+    indices = [row.nonzero()[:, 0] for row in mask]
+    return KeyScaling(tuple((layer, index) for layer, index in enumerate(indices) if len(index)), factor)
+
+
+def generate(model, batch: dict, edit, where: slice, remote=False):
+    """Greedy new tokens `[batch, NEW_TOKENS]` with the keys scaled at every step."""
+    from lib.generation import NEW_TOKENS, greedy
+    from lib.models import key
+
+    with model.generate(batch, remote=remote, **greedy()) as tracer:
+        for _ in tracer.iter[:NEW_TOKENS]:
+            for layer, index in getattr(edit, "layers", ()):
+                keys = key(model, layer)
+                h = keys.output  # [batch, positions, d_mlp], before the activation function
+                bias = 0 if keys.bias is None else keys.bias[index]
+                h[:, where, index] = edit.factor * (h[:, where, index] - bias) + bias
+        ids = tracer.result.save()
+    return ids[:, batch["input_ids"].shape[1] :]
+
+
+def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
+    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+    from lib.evaluation import summed_nll
+    from lib.models import key
+
+    with model.trace(batch, remote=remote):
+        for layer, index in getattr(edit, "layers", ()):
+            keys = key(model, layer)
+            h = keys.output
+            bias = 0 if keys.bias is None else keys.bias[index]
+            h[:, where, index] = edit.factor * (h[:, where, index] - bias) + bias
+        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+    return losses
+
+
+def robustness(run, sizes: dict[str, list[dict]]) -> list[dict]:
+    """For every variant: what it changed, and how much of what it cut un-aligning brings back, beside plain DPO."""
+    import numpy as np
+
+    from lib.evaluation import average
+    from lib.statistics import Bootstrap, interval
+
+    resamples = Bootstrap(len(run.prompts.items), run.options["seed"]).rows
+
+    def level(name: str, kind: str, of: str = ""):
+        found = [m for c, m in run.measured.items() if (c.name, c.kind, c.of) == (name, kind, of)]
+        return np.array(average(found)["toxicity"]) if found else None
+
+    def shares(variant, edited):
+        """% of the variant's cut that comes back, over all prompts and in every resample; None: it cut nothing."""
+        cut, back = base - variant, edited - variant
+        if (cut[resamples].mean(1) <= 0).any():
+            return None
+        return 100 * back.mean() / cut.mean(), 100 * back[resamples].mean(1) / cut[resamples].mean(1)
+
+    base, rows, plain = level("none", "none"), [], None
+    for name, found in sizes.items():
+        variant = level(name, "none")
+        row = {"variant": name} | {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+        row["percent_cut"] = 100 * float((base - variant).mean() / base.mean())
+        if share := shares(variant, level(f"{name} un-aligned", "keys")):
+            plain = share if name == "dpo" else plain
+            row["percent_restored"] = interval(*share)
+            if plain:
+                row["restored_minus_dpo"] = interval(share[0] - plain[0], share[1] - plain[1])
+            control = level("control:random", "keys", f"{name} un-aligned")
+            if control is not None:
+                row["percent_restored_random"] = interval(*shares(variant, control))
+        rows.append(row)
+    return rows
+
+
+def write(run, sizes: dict[str, list[dict]]) -> dict:
+    """The record and the figure."""
+    from lib import paper, plots
+
+    def published(condition: str, kind: str) -> dict:
+        return paper.lee("unalign" if condition == "dpo un-aligned" else condition)
+
+    record = run.finish(published, robustness=robustness(run, sizes))
+    plots.robustness(record["robustness"], record["rows"], run.work / "figures" / "robustness.png")
+    return record
+
+
+def report(console, record: dict) -> None:
+    """Print the table of variants."""
+    from rich import box
+    from rich.table import Table
+
+    from lib.evaluation import with_interval
+
+    view = Table(title="Which parameters DPO trained, and how much un-aligning brings back", box=box.SIMPLE_HEAD)
+    for name in ("trained", "numbers changed", "relative change", "cut, %", "back, %", "minus plain DPO's", "random"):
+        view.add_column(name, justify="left" if name == "trained" else "right", no_wrap=True)
+    shares = ("percent_restored", "restored_minus_dpo", "percent_restored_random")
+    for row in record["robustness"]:
+        view.add_row(
+            "all (plain DPO)" if row["variant"] == "dpo" else row["variant"],
+            f"{row['entries']:,.0f}", f"{row['relative_change']:.1e}", f"{row['percent_cut']:.0f}",
+            *(with_interval(row.get(key), 0) for key in shares),
+        )  # fmt: skip
+    console.print(view)
+
+
+if __name__ == "__main__":
+    main()
