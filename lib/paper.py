@@ -164,6 +164,9 @@ LEE = {
     "unalign": (0.458, 23.3, 0.195),
 }
 
+# Scales in Lee's released code (table 2): of the probe, a value vector, and the first SVD direction at length 1.
+LEE_SCALES = {"probe": 50, "value:L19.N770": 20, "svd:0": 100}
+
 # Lee table 1: the value vectors of GPT2-medium, best aligned with its probe first.
 LEE_TOXIC_VECTORS = ((19, 770), (12, 771), (18, 2669), (13, 668), (16, 255), (12, 882), (19, 1438))
 

@@ -98,7 +98,7 @@ def test_the_search_keeps_perplexity_within_its_factor(inputs, tmp_path, tiny): 
     done = run("experiments/steer.py", *parts, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((out / "run.json").read_text())
-    alpha = record["searched_alpha"]["0"]
+    alpha = record["searched_alpha"]["probe"]["0"]
     found = {row["condition"]: row for row in record["rows"]}
     assert {"control:flipped", "control:zero", "control:gaussian"} < set(found)
     assert len(found["control:gaussian"]["runs"]) == 3
