@@ -100,7 +100,8 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
     """Context that gives a work folder beside `folder` and puts it in its place when the block succeeds.
 
-    A block that fails or is killed leaves the work folder, and the next run with the same settings goes on in it.
+    A block that fails or is killed leaves the work folder, and the next run with the same settings goes on in it; a
+    UserError before anything was finished leaves nothing.
 
     Raises:
         UserError: `folder` exists, holds another run's unfinished work, or is being written by another process
@@ -128,9 +129,17 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
                         "repeat that run's command, choose another --out, or add --overwrite to drop it."
                     )
                 shutil.rmtree(work)
+            new = [parent for parent in work.parents if not parent.exists()]
             work.mkdir(parents=True, exist_ok=True)
             plan.write_text(wanted)
-            yield work
+            try:
+                yield work
+            except UserError:
+                if [path for path in work.rglob("*") if path.is_file()] == [plan]:  # bad input leaves nothing behind
+                    shutil.rmtree(work)
+                    for parent in new:
+                        parent.rmdir()
+                raise
             plan.unlink()
             if folder.exists():
                 shutil.rmtree(folder)
