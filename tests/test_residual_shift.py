@@ -126,7 +126,8 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
         "toxic_activations.png", "offset_L2.N7.png", "offset_L1.N3.png", "cosines_L1.png", "cosines_L2.png",
     }  # fmt: skip
     for neurons, says in (("L3.N0", "layers 0 to 2"), ("L0.N48", "neurons 0 to 47"), ("19,770", "no neuron")):
-        wrong = run("experiments/residual_shift.py", *options[:-1], neurons, "--out", tmp_path / "new" / "out", cwd=ROOT,
+        given = [*options[:-1], neurons, "--out", tmp_path / "new" / "out"]
+        wrong = run("experiments/residual_shift.py", *given, cwd=ROOT,
                     DPO_NEURONS_CACHE=str(tmp_path / "cache"))  # fmt: skip
         assert wrong.returncode == 2 and says in wrong.stderr, wrong.stderr
         assert "Traceback" not in wrong.stderr and not (tmp_path / "new").exists()
