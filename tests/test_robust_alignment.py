@@ -1,0 +1,72 @@
+"""robust_alignment.py: shares by hand, sizes of changes, and the script with every kind of variant."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_script, run, write_lines
+from test_cli import inputs  # noqa: F401  a fixture
+from test_dpo_training import PAIRS
+
+from lib.experiment import Condition
+
+script = load_script("robust_alignment")
+
+
+def test_the_share_that_comes_back_by_hand():
+    """Plain DPO cuts 0.8 to 0.2 and half comes back; a variant cuts to 0.4 and a quarter does; one cuts nothing."""
+
+    class Run:
+        options = {"seed": 0}
+        prompts = type("Prompts", (), {"items": list(range(4))})
+        measured = {}
+
+    levels = {
+        ("none", "none"): 0.8, ("dpo", "none"): 0.2, ("dpo un-aligned", "keys"): 0.5,
+        ("late:1", "none"): 0.4, ("late:1 un-aligned", "keys"): 0.5,
+        ("biases", "none"): 0.8, ("biases un-aligned", "keys"): 0.9,
+    }  # fmt: skip
+    for (name, kind), level in levels.items():
+        Run.measured[Condition(name, kind)] = {"toxicity": [level] * 4, "continuations": []}
+    Run.measured[Condition("control:random", "keys", "dpo un-aligned")] = {"toxicity": [0.26] * 4, "continuations": []}
+    size = [{"entries": 4, "relative_change": 0.1}, {"entries": 6, "relative_change": 0.3}]
+    plain, late, nothing = script.robustness(Run, {"dpo": size, "late:1": size, "biases": size})
+    assert plain["entries"] == 5 and plain["relative_change"] == pytest.approx(0.2)
+    assert plain["percent_cut"] == pytest.approx(75) and late["percent_cut"] == pytest.approx(50)
+    assert plain["percent_restored"]["mean"] == pytest.approx(50) == 50 + plain["restored_minus_dpo"]["mean"]
+    assert plain["percent_restored_random"]["mean"] == pytest.approx(10)
+    assert late["percent_restored"]["mean"] == pytest.approx(25)
+    assert [late["restored_minus_dpo"][key] for key in ("mean", "low", "high")] == pytest.approx([-25] * 3)
+    assert "percent_restored" not in nothing and nothing["percent_cut"] == 0
+
+
+def test_change_by_hand():
+    base, post = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=True)
+    with torch.no_grad():
+        base.weight[:] = torch.tensor([[3.0, 4.0]])
+        post.weight[:] = torch.tensor([[3.0, 4.5]])
+        post.bias[:] = 0.5  # an added bias starts at 0
+    assert script.change(base, post) == {"entries": 2, "relative_change": pytest.approx(np.sqrt(0.5) / 5)}
+
+
+def test_the_script(inputs, tmp_path):  # noqa: F811
+    rows = [{"prompt_text": p.prompt, "unpert_gen_text": p.chosen, "pert_gen_text": p.rejected} for p in PAIRS]
+    given = {k: v for k, v in inputs.items() if k not in ("--post", "--limit")} | {
+        "--pairs": write_lines(tmp_path / "pairs.jsonl", rows), "--scorer": f"probe:{inputs['--model']}",
+        "--variants": "biases,late:1,values:4,keys:4,lora:2", "--controls": "quick", "--out": tmp_path / "out",
+    }  # fmt: skip
+    options = [str(part) for pair in given.items() for part in pair]
+    done = run("experiments/robust_alignment.py", *options, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    variants = {row["variant"]: row for row in record["robustness"]}
+    assert list(variants) == ["dpo", "biases", "late:1", "values:4", "keys:4", "lora:2"]
+    assert variants["values:4"]["entries"] == variants["keys:4"]["entries"] == 4 * 32
+    assert variants["biases"]["entries"] == 3 * 32 < variants["late:1"]["entries"] < variants["dpo"]["entries"]
+    conditions = {row["condition"] for row in record["rows"] if not row["of"]}
+    assert {f"{name}{more}" for name in variants for more in ("", " un-aligned")} | {"none"} == conditions
+    assert (tmp_path / "out" / "figures" / "robustness.png").stat().st_size > 5000
+    wrong = run("experiments/robust_alignment.py", *options[:-1], tmp_path / "wrong", "--variants", "late:9", cwd=ROOT,
+                DPO_NEURONS_CACHE=str(tmp_path / "cache"))  # fmt: skip
+    assert wrong.returncode == 2 and "3 layers" in wrong.stderr and not (tmp_path / "wrong").exists()
