@@ -108,8 +108,8 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
             f"no prompt gave two sides {min_gap} apart; lower --min-gap, or raise --samples or --step-size."
         )
     about = {"min_gap": min_gap, "kept": len(kept), "dropped": len(whole) - len(kept), "seconds_per_prompt": seconds}
-    data_used = {"prompts": {**texts.provenance, "items": len(texts.items)}}
-    results.write_json(out.with_suffix(".about.json"), {**settings, **about, **results.provenance(data=data_used)})
+    about |= results.provenance(data={"prompts": texts.provenance})
+    results.write_json(out.with_suffix(".about.json"), settings | about)
     results.write_lines(out, kept)
     unfinished.unlink()
     click.echo(
