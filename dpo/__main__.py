@@ -7,11 +7,13 @@ Without --out the checkpoint goes to the cache, where every script looks for it.
 saved state when the same command is run again.
 """
 
+import json
 from pathlib import Path
 
 import click
 
 from lib.cli import options
+from lib.embedded import EMBEDDED
 
 
 @click.command(help=__doc__)
@@ -91,12 +93,13 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     from transformers.utils import logging
 
     from dpo.train import train
+    from lib.models import complete
     from lib.results import versions
 
     logging.disable_progress_bar()  # of single weights
     dtype = "float32" if dtype == "auto" else dtype  # the papers train in float32 on every device
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
-    model.name_or_path = source.name  # what a LoRA checkpoint calls its base model
+    complete(model, source)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     about = {
         "model": source.name,
@@ -126,6 +129,22 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
                 )
 
         train(model, tokenizer, loaded.items, config, folder, about, progress)
+    if (adapter := folder / "adapter_config.json").exists():  # PEFT wrote the folder that the base model lay in
+        described = json.loads(adapter.read_text()) | base_of_adapter(source)
+        adapter.write_text(json.dumps(described, indent=1) + "\n")
+
+
+def base_of_adapter(source) -> dict:
+    """How a LoRA checkpoint names its base model: a Hub id and commit, a folder, or an embedded model's name."""
+    from lib.models import MODELS
+
+    if Path(source.name).is_dir():
+        return {"base_model_name_or_path": str(Path(source.name).resolve()), "revision": None}
+    on_hub = source.name not in EMBEDDED
+    return {
+        "base_model_name_or_path": MODELS.get(source.name, source.name),
+        "revision": source.revision if on_hub else None,
+    }
 
 
 if __name__ == "__main__":

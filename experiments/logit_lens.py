@@ -25,10 +25,16 @@ from lib.observation import OPTIONS
 HALVES = ("mid", "end")  # after attention, after the MLP
 SHADED = 4  # half-layers that the figure shades: those that raise the token most
 ALL = 1_000_000  # prompts: one forward pass each needs no smaller default
+UNREAD = {
+    "probe": None,
+    "comments": "embedded",
+    "protocol": "sound",
+    "released": [],
+}  # no probe, no choice of the audit
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*OPTIONS, "raw-text")
+@options(*(name for name in OPTIONS if name not in UNREAD), "raw-text")
 @click.option("--tokens", help="Toxic tokens, separated by commas, spaces kept.  [default: what --judge finds]")
 @click.option("--judge", default="words", show_default=True, help="Scorer that says which next tokens are toxic.")
 def main(tokens, judge, **options):
@@ -37,7 +43,7 @@ def main(tokens, judge, **options):
     verdict = None if tokens else metrics.scorer(judge)
     options["limit"] = options["limit"] or ALL
     given = tokens.split(",") if tokens else None
-    with observation.begin("logit_lens", {**options, "judge": judge, "tokens": given}, ("post",)) as run:
+    with observation.begin("logit_lens", {**options, **UNREAD, "judge": judge, "tokens": given}, ("post",)) as run:
         ids = single_tokens(run.base.tokenizer, given) if given else None
         rows, lines = [], []
         for stage in run.stages(means=False):
@@ -67,7 +73,7 @@ def single_tokens(tokenizer, given: list[str]) -> list[int]:
 def measure(run, stage, verdict, ids: list[int] | None) -> tuple:
     """What each prompt's next token is, and its probability after each half-layer of both models.
 
-    Returns: a line for each prompt, and `{"pre", "post"}` of `[n_prompts, 2 * n_layers]`.
+    Returns: a line for each prompt, and `{"pre", "post"}` of `[n_prompts, 1 + 2 n_layers]`.
     """
     import torch
 
@@ -101,7 +107,7 @@ def next_tokens(model, batch: dict, remote=False):
 
 
 def lens(model, batch: dict, targets, remote=False):
-    """Probability of each prompt's target token after each half-layer, `[2 * n_layers, batch]` float32."""
+    """Probability of each prompt's target token at the embedding and each half-layer, `[1 + 2 n_layers, batch]`."""
     import nnsight
     import torch
 
@@ -109,12 +115,16 @@ def lens(model, batch: dict, targets, remote=False):
 
     count = n_layers(model)
     with model.trace(batch, logits_to_keep=1, remote=remote):
-        found = nnsight.save(torch.zeros(2 * count, len(targets)))
-        for layer in range(count):
-            for half, stream in enumerate((mlp_norm(model, layer).input, layers(model)[layer].output)):
-                logits = unembed(model, stream[:, -1])  # [batch, vocab]
-                chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0]
-                found[2 * layer + half] = (chosen - logits.logsumexp(-1)).exp().cpu()
+        found = nnsight.save(torch.zeros(1 + 2 * count, len(targets)))
+        for half in range(1 + 2 * count):
+            layer = (half - 1) // 2
+            if half == 0:
+                stream = layers(model)[0].input
+            else:
+                stream = mlp_norm(model, layer).input if half % 2 else layers(model)[layer].output
+            logits = unembed(model, stream[:, -1])  # [batch, vocab]
+            chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0]
+            found[half] = (chosen - logits.logsumexp(-1)).exp().cpu()
     return found
 
 
@@ -133,8 +143,8 @@ def summary(run, seed: int, lines: list[dict], probabilities: dict) -> dict:
         resamples = Bootstrap(int(chosen.sum()), run.options["seed"])
         last = {}
         for name in ("pre", "post"):
-            values = probabilities[name][chosen]  # [prompts, 2 * n_layers]
-            steps = np.diff(values, axis=1, prepend=0)
+            values = probabilities[name][chosen]  # [prompts, 1 + 2 * n_layers]
+            steps = np.diff(values, axis=1)
             mean = steps.mean(0)
             rises = np.clip([steps[rows].mean(0) for rows in resamples.rows], 0, None)  # [RESAMPLES, 2 * n_layers]
             by_mlp = 100 * rises[:, 1::2].sum(1) / np.maximum(rises.sum(1), 1e-30)

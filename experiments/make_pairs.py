@@ -54,8 +54,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     from rich.console import Console
     from rich.progress import track
 
-    from lib import artifacts, chain, data, probes, results
-    from lib.metrics import scorer as load_scorer
+    from lib import artifacts, chain, data, metrics, probes, results
     from lib.models import load, resolve, short_name
     from lib.pplm import PPLM
     from lib.protocol import SOUND
@@ -68,10 +67,11 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
         raise UserError("--remote: pplm needs gradients at every token; give --method best-of-n, or run it locally.")
     texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
     scored_by = default_scorer(name, options["scorer"])
-    toxicity = load_scorer(scored_by)
+    toxicity = metrics.scorer(scored_by)
     source = resolve(name, options["revision"])
-    settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "scorer": scored_by}
-    settings |= {"seed": seed, "batch_size": batch_size}
+    settings = {"model": source.revision, "prompts": texts.sha256, "method": method}
+    settings |= {"scored_by": metrics.identity(scored_by), "seed": seed, "batch_size": batch_size}
+    settings |= {name: options[name] for name in ("dtype", "device", "limit")}
     if method == "pplm":
         pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
         probe_file = chain.probe_file(options, seed, SOUND)
@@ -88,22 +88,25 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     done = read_partial(unfinished, settings, overwrite)
     # Whole batches: rounding differs with a batch's width, and a run that was killed ends as one that was not.
-    parts = [range(len(texts.items))[at : at + batch_size] for at in range(0, len(texts.items), batch_size)]
+    asked_for = [continued(network.tokenizer, prompt) for prompt in texts.items]
+    parts = [range(len(asked_for))[at : at + batch_size] for at in range(0, len(asked_for), batch_size)]
     todo = [numbers for numbers in parts if not done.keys() >= set(numbers)]
     started = time.monotonic()
     with unfinished.open("a", encoding="utf-8") as file:
-        if not done:
+        if not file.tell():
             file.write(json.dumps(settings) + "\n")
+            file.flush()
         for numbers in track(todo, f"Pairs by {method}", console=Console(stderr=True)):
-            asked = {number: texts.items[number] for number in numbers}
+            asked = {number: asked_for[number] for number in numbers}
             for number, pair in zip(asked, scored(list(asked.values()), make(asked), toxicity), strict=True):
                 file.write(json.dumps({"number": number, "pair": pair}) + "\n")
                 done[number] = pair
             file.flush()
     seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
-    whole = [done[number] for number in range(len(texts.items))]
-    kept = [pair for pair in whole if pair and pair["pert_gen_toxicity"] - pair["unpert_gen_toxicity"] >= min_gap]
+    whole = [done[number] for number in range(len(asked_for))]
+    kept = [pair for pair in whole if pair and differs(pair, min_gap)]
     if not kept:
+        unfinished.unlink()
         raise UserError(
             f"no prompt gave two sides {min_gap} apart; lower --min-gap, or raise --samples or --step-size."
         )
@@ -118,12 +121,27 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     )
 
 
+def differs(pair: dict, min_gap: float) -> bool:
+    """Whether a pair's sides are two texts, the rejected one more toxic by min_gap at least."""
+    gap = pair["pert_gen_toxicity"] - pair["unpert_gen_toxicity"]
+    return pair["unpert_gen_text"] != pair["pert_gen_text"] and gap >= min_gap
+
+
+def continued(tokenizer, prompt: str) -> str:
+    """The part of a prompt that models continue here, its first 32 tokens: a pair must hold what its sides follow."""
+    from lib.generation import MAX_PROMPT_TOKENS
+
+    ids = tokenizer(prompt, truncation=True, max_length=MAX_PROMPT_TOKENS)["input_ids"]
+    whole = len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
+    return prompt if whole else tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict | None]:
     """What a killed run with the same settings had finished: {number of the prompt: its pair}."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines or lines[0] != json.dumps(settings):
+    if lines and lines[0] != json.dumps(settings):
         if not overwrite:
             raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
         path.unlink()
@@ -135,7 +153,7 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict 
         except ValueError:  # the line that the kill cut off
             break
         done[record["number"]] = record["pair"]
-    whole = [lines[0], *(json.dumps({"number": number, "pair": pair}) for number, pair in done.items())]
+    whole = [json.dumps(settings), *(json.dumps({"number": number, "pair": pair}) for number, pair in done.items())]
     path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     return done
 

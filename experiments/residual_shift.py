@@ -8,9 +8,12 @@ neurons. What the paper does not have, and this adds:
 
 shared text   the toxic neurons' mean activations when both models read the base model's continuations
 contributions what really wrote the offset, along itself: MLPs by moved value vectors, MLPs by changed activations, and
-              attention (exact for the mean over prompts, Gemma's norms included); the claim is about the first
+              the rest (exact for the mean over prompts, Gemma's norms included); the claim is about the first
 random        share of moved value vectors that point against a random direction instead of the offset
-intervals     over prompts, of each toxic neuron's drop
+intervals     over prompts, of each toxic neuron's drop; and each prompt is held against the other prompts' offset,
+              since any noise lies along a mean that it is part of
+
+Weights are compared in the run's --dtype: in bfloat16 changes as small as DPO's are mostly rounding.
 
 Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, shifts.safetensors
 and figures/ to runs/residual_shift/<model>/.
@@ -156,7 +159,7 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
     random = torch.randn(DRAWS, len(unit), generator=generator, dtype=torch.float64)
     random /= random.norm(dim=1, keepdim=True)
     pre, post = means
-    cosines, against_random, parts = [], [], {"moved value vectors": 0.0, "changed activations": 0.0, "biases": 0.0}
+    cosines, against_random, parts = [], [], {"moved value vectors": 0.0, "changed activations": 0.0}
     for earlier in range(layer):
         first, second = (written(model._module, earlier) for model in (run.base, stage.post))  # [d_mlp, d_model]
         moved = second - first
@@ -165,13 +168,13 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
         against_random.append(moved @ random.T / length[:, None])  # [d_mlp, DRAWS]
         parts["moved value vectors"] += float(pre.write[earlier] @ (moved @ unit))
         parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ (second @ unit))
-        parts["biases"] += float((bias(stage.post._module, earlier) - bias(run.base._module, earlier)) @ unit)
     total = float(mean.norm())
-    parts["attention and embedding"] = total - sum(parts.values())
+    parts["the rest (attention, embedding, biases)"] = total - sum(parts.values())
+    others = own.sum(0) - own  # [n_prompts, d_model]: each prompt is held against the others' mean shift
     entry = {
         "length": total,
         "relative_length": total / float(before.norm(dim=1).mean()),
-        "percent_along": percent(own @ unit > 0),
+        "percent_along": percent((own * others).sum(1) > 0),
         "contributions": {name: 100 * part / (total or 1) for name, part in parts.items()},
     }
     if cosines:
@@ -193,17 +196,6 @@ def written(module, layer: int):
     return value_vectors(module, layer).cpu().double() * write_gain(module, layer).cpu().double()
 
 
-def bias(module, layer: int):
-    """What the MLP adds whatever its neurons do, `[d_model]` float64: its last map's bias, or zeros."""
-    import torch
-
-    from lib.models import FAMILIES, reach
-
-    kind = FAMILIES[module.config.model_type]
-    found = reach(reach(module, kind.layers)[layer], kind.mlp_out).bias
-    return torch.zeros(module.config.hidden_size, dtype=torch.float64) if found is None else found.cpu().double()
-
-
 def parameters(base, post) -> dict[str, dict]:
     """How far training moved the parameters, by kind: lowest cosine with itself, mean |change| of an entry, and the
     length of the change over the parameter's own. base, post: torch models.
@@ -212,11 +204,12 @@ def parameters(base, post) -> dict[str, dict]:
 
     kinds = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
     sums: dict[str, dict] = {}
-    for (name, before), (_, after) in zip(base.named_parameters(), post.named_parameters(), strict=True):
+    changed = dict(post.named_parameters())  # by name: a bias that training added has no counterpart
+    for name, before in base.named_parameters():
         kind = next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "norm")
         if "norm" in name:
             kind = "norm"
-        x, y = before.detach().flatten(), after.detach().flatten()
+        x, y = (weight.detach().flatten().cpu().float() for weight in (before, changed[name]))
         dot, xx, yy = (float((a * b).sum(dtype=torch.float64)) for a, b in ((x, y), (x, x), (y, y)))
         change = (y - x).abs()
         one = sums.setdefault(kind, {"lowest_cosine": 1.0, "n": 0, "change": 0.0, "squares": 0.0, "own": 0.0})
@@ -286,7 +279,7 @@ def report(run, record: dict) -> None:
         if None in found:  # another seed's probe chose other layers
             continue
         lines.append((f"layer {layer}: offset / length of the stream", [one["relative_length"] for one in found], None))
-        lines.append(("  prompts that move along it, %", [one["percent_along"] for one in found], None))
+        lines.append(("  prompts that move along the others' mean, %", [one["percent_along"] for one in found], None))
         for part in found[0]["contributions"]:
             lines.append((f"  written by {part}, %", [one["contributions"][part] for one in found], None))
         if "against" in found[0]:

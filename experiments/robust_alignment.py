@@ -13,9 +13,10 @@ keys:N          their key vectors
 lora:R          low-rank adapters of rank R
 
 A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES, times the
-preset's), chosen on validation loss. What un-aligning brings back is a share of what that variant cut; a variant is
-harder to undo when its share is smaller than plain DPO's, the interval of the difference apart from 0.
-`--controls quick` scales the keys of as many random neurons in every variant.
+preset's). What un-aligning brings back is a share of what that variant cut, and stands beside the share of plain DPO,
+with intervals over prompts. Claim that a variant is harder to undo only with several --seeds, and look at its cut too:
+a variant that cut little has little to give back. `--controls quick` scales the keys of as many random neurons in every
+variant.
 
 Needs a probe, made when missing or given (--probe), and DPO checkpoints, made when missing. Writes run.json,
 generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/robust_alignment/<model>/.
@@ -39,7 +40,6 @@ class KeyScaling:
 
     layers: tuple  # (layer, index [n]) pairs
     factor: float
-    kind: str = "keys"
 
     @property
     def n_neurons(self) -> int:
@@ -48,11 +48,12 @@ class KeyScaling:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*CAUSAL)
+@options(*(name for name in CAUSAL if name != "holdout"))  # no edit here depends on a mean
 @click.option("--variants", default="biases,late:4,values:128,keys:128,lora:8", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=7, show_default=True, help="Neurons whose keys are scaled.")
 @click.option("--factor", type=float, default=10, show_default=True, help="By which.")
 def main(variants, top, factor, **options):
+    from dpo.trainable import read
     from lib import experiment
     from lib.interventions import NO_EDIT
     from lib.models import load_like
@@ -60,11 +61,15 @@ def main(variants, top, factor, **options):
     names = ["all", *(name.strip() for name in variants.split(",") if name.strip() != "all")]
     if options["post"]:
         raise click.BadParameter("every variant is trained here; leave it out.", param_hint="--post")
-    with experiment.begin("robust_alignment", {**options, "variants": names, "top": top, "factor": factor}) as run:
+    for name in names[1:]:
+        read(name)
+    given = {**options, "variants": names, "top": top, "factor": factor, "holdout": False}
+    with experiment.begin("robust_alignment", given) as run:
         sizes = {}
         for stage in run.stages(means=False):
-            for name in names:
-                source = run.artifacts_of[stage.seed][1] if name == "all" else trained(run, stage, name)
+            sources = {"all": run.artifacts_of[stage.seed][1]}  # all are trained before the first is measured
+            sources |= {name: trained(run, stage, name) for name in names[1:]}
+            for name, source in sources.items():
                 model = stage.post if name == "all" else load_like(run.base, source, run.device, run.options["dtype"])
                 label = "dpo" if name == "all" else name
                 sizes.setdefault(label, []).append(change(run.base._module, model._module))
@@ -109,9 +114,9 @@ def change(base, post) -> dict[str, float]:
     squares = own = entries = 0.0
     for name, after in post.named_parameters():
         first = before[name] if name in before else 0 * after  # an added bias
-        moved = (after - first).double()
+        moved = (after - first).cpu().double()
         squares += float(moved.square().sum())
-        own += float(first.double().square().sum())
+        own += float(first.cpu().double().square().sum())
         entries += int((moved != 0).sum())
     return {"entries": entries, "relative_change": (squares / own) ** 0.5}
 
@@ -139,7 +144,7 @@ def scaling(mask, factor: float) -> KeyScaling:
 
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]` with the keys scaled at every step."""
+    """Greedy new tokens `[batch, NEW_TOKENS]`; scaled keys act at every position, whatever `where` says."""
     from lib.generation import NEW_TOKENS, greedy
     from lib.models import key
 
@@ -149,7 +154,7 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
                 keys = key(model, layer)
                 h = keys.output  # [batch, positions, d_mlp], before the activation function
                 bias = 0 if keys.bias is None else keys.bias[index]
-                h[:, where, index] = edit.factor * (h[:, where, index] - bias) + bias
+                h[..., index] = edit.factor * (h[..., index] - bias) + bias
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
@@ -164,7 +169,7 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
             keys = key(model, layer)
             h = keys.output
             bias = 0 if keys.bias is None else keys.bias[index]
-            h[:, where, index] = edit.factor * (h[:, where, index] - bias) + bias
+            h[..., index] = edit.factor * (h[..., index] - bias) + bias
         losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 

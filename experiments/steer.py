@@ -74,7 +74,7 @@ def _vectors(context, parameter, value):
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*CAUSAL)
+@options(*(name for name in CAUSAL if name != "holdout"))  # no vector depends on means
 @click.option(
     "--vector", default="probe", show_default=True, callback=_vectors, help="probe, value:L19.N770, svd:0, random."
 )
@@ -90,19 +90,19 @@ def main(vector, alpha, factor, **options):
     from lib import experiment
     from lib.interventions import NO_EDIT
 
-    with experiment.begin("steer", {**options, "vector": vector, "alpha": alpha, "factor": factor}) as run:
+    given = {**options, "vector": vector, "alpha": alpha, "factor": factor, "holdout": False}
+    with experiment.begin("steer", given) as run:
+        fixed = {name: published_alphas(run, name) if alpha == "published" else alpha for name in vector}
         found = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}
         length, asked = residual_length(run), {"none": (run.base, NO_EDIT)}
         for stage in run.stages(means=False):
-            for name in vector:
-                direction = make_vector(run, stage, name)
+            for name, direction in {name: make_vector(run, stage, name) for name in vector}.items():
                 if alpha is None:
                     best = search(run, stage, direction, factor, length, f"{name}_{stage.seed}")
                     found["searched_alpha"][name][str(stage.seed)] = best
                     chosen = {"alpha*": best, "alpha*/2": best / 2, "alpha*x2": best * 2}
                 else:
-                    values = published_alphas(run, name) if alpha == "published" else alpha
-                    chosen = {f"a={value:g}": value for value in values}
+                    chosen = {f"a={value:g}": value for value in fixed[name]}
                 label = "steer" if name == "probe" else f"steer {name}"
                 edits = {f"{label} {which}": steering(run, direction, value) for which, value in chosen.items()}
                 first, strength = next(iter(edits)), next(iter(chosen.values()))
@@ -317,9 +317,13 @@ def write(run, found: dict, length: float) -> dict:
         rows["steer alpha*"] = next(iter(rows.values()))  # the alpha that table 11 chose to keep perplexity
 
     def published(condition: str, kind: str) -> dict:
-        if run.options["factor"] == "dpo":  # Lee's table 2 matched DPO's perplexity
-            vector = condition.removeprefix("steer ").removesuffix(" alpha*") if " " in condition else condition
-            return paper.lee({"alpha*": "steer probe", "none": "none", "dpo": "dpo"}.get(vector, f"steer {vector}"))
+        if run.options["factor"] == "dpo" or run.options["vector"] != ["probe"]:  # Lee's table 2
+            scales = {key: f"a={scale}" for key, scale in paper.LEE_SCALES.items()}
+            for key, scale in scales.items():
+                label = "steer" if key == "probe" else f"steer {key}"
+                if condition in (f"{label} alpha*", f"{label} {scale}"):
+                    return paper.lee(f"steer {key}")
+            return paper.lee(condition)
         if condition not in rows:
             return published_row(condition, kind, name)
         toxicity, log_ppl, f1 = rows[condition]

@@ -8,7 +8,8 @@ norm (`normed`; Yang's lists). What the papers do not have, and this adds:
 random     value vectors drawn at random, and random directions: how many of them show a listed word
 ranks      where the listed vectors of GPT2-medium stand in our ranking (--model gpt2)
 
-A listed word is one that --judge finds among a vector's 10 nearest tokens (default: the word list that masks screens).
+A listed word is one that --judge finds among a vector's 10 nearest tokens by either lens (default: the word list that
+masks screens).
 
 sound:    value vectors as the residual stream sees them (through Gemma's norm), the N = 128 best of all layers.
 faithful: raw rows, the 100 best of each layer and then the N = 512 best, as in Lee's released code.
@@ -32,10 +33,11 @@ SHOWN = 7  # vectors of each kind on the screen: as many as Lee's table 1 has
 K = 3  # SVD directions
 PER_LAYER = 100  # of Lee's released code
 DRAWS = 3  # times as many random vectors
+UNREAD = {"prompts": "embedded", "limit": 1, "batch-size-or-auto": 1, "pairs": "embedded", "post": None, "remote": None}
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*OPTIONS, "raw-text")
+@options(*(name for name in OPTIONS if name not in UNREAD), "raw-text")
 @click.option("--top", type=click.IntRange(K), help="Value vectors.  [default: 128, or 512 with faithful]")
 @click.option("--judge", default="words", show_default=True, help="Scorer that says which tokens count: see --scorer.")
 @click.option("--concept-words", help="Words, or a file of them: their direction instead of the probe.")
@@ -45,9 +47,9 @@ def main(top, judge, concept_words, **options):
     words = vectors.read_words(concept_words, "--concept-words")
     verdict = metrics.scorer(judge)
     top = top or (512 if options["protocol"] == "faithful" else 128)
-    with observation.begin(
-        "toxic_vectors", {**options, "judge": judge, "words": words}, () if words else ("probe",)
-    ) as run:
+    given = {**options, **{name.removesuffix("-or-auto").replace("-", "_"): value for name, value in UNREAD.items()}}
+    needs = () if words else ("probe",)
+    with observation.begin("toxic_vectors", {**given, "judge": judge, "words": words}, needs) as run:
         found = [measure(run, seed, words, top, verdict) for seed in run.seeds]
         record = write(run, found, words)
     report(run, record, found[0]["listed"])

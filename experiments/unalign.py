@@ -12,7 +12,8 @@ A gated MLP has two maps before the activation, act(gate . x) (up . x). The gate
 region of x a neuron fires, as GPT-2's key does; scaling `up` is scaling the value vector.
 
 `--controls quick`: the keys of random neurons, of random neurons of the same layers, of neurons matched by value norm
-and mean activation, of neurons aligned with a random direction or a probe fitted on shuffled labels, and factor 1.
+and mean activation, of neurons aligned with a random direction or a probe fitted on shuffled labels, factor 1, and the
+same keys scaled in the base model (does scaling undo DPO, or add toxicity to any model?).
 
 Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, generations.jsonl
 (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/unalign/<model>/.
@@ -26,7 +27,6 @@ from dataclasses import dataclass
 import click
 
 from lib.cli import CAUSAL, numbers, options
-from lib.interventions import NO_EDIT
 
 KINDS = ("keys", "keys and bias", "values")
 
@@ -53,13 +53,13 @@ class KeyScaling:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*CAUSAL)
+@options(*(name for name in CAUSAL if name != "holdout"))  # no edit here depends on a mean
 @click.option("--top", default="7", show_default=True, callback=_counts, help="How many neurons; several for a sweep.")
 @click.option("--factor", default="10", show_default=True, callback=numbers, help="Factors; several for a sweep.")
 def main(top, factor, **options):
     from lib import controls, experiment, neurons
 
-    with experiment.begin("unalign", {**options, "top": top, "factor": factor}) as run:
+    with experiment.begin("unalign", {**options, "top": top, "factor": factor, "holdout": False}) as run:
         kinds = [kind for kind in KINDS if kind != "keys and bias" or has_bias(run.base._module)]
         norms = controls.value_norms(run.base)
         for stage in run.stages():
@@ -74,6 +74,10 @@ def main(top, factor, **options):
             edits |= controlled(run, stage, neurons.top(cosine, top[0]), top[0], factor[0], features)
             post = (stage.post, run.artifacts_of[stage.seed][1])
             run.measure(stage, edits, generate, negative_log_likelihood, on=post)
+            if options["controls"] != "none":
+                in_base = stage.condition("control:in_base_model", "keys", label(top[0], factor[0]))
+                edit = scaling("keys", neurons.top(cosine, top[0]), factor[0])
+                run.measure(stage, {in_base: edit}, generate, negative_log_likelihood)
         record = write(run)
     run.report(record, ("none", "dpo", label(top[0], factor[0])), lambda console: report(console, record))
 
@@ -117,7 +121,7 @@ def controlled(run, stage, mask, count: int, factor: float, features: list) -> d
     def condition(control: str, draw: int = 0):
         return stage.condition(f"control:{control}", "keys", label(count, factor), draw)
 
-    edits = {condition("factor_1"): NO_EDIT}
+    edits = {condition("factor_1"): scaling("keys", mask, 1.0)}
     for draw in run.draws(stage):
         generator = torch.Generator().manual_seed(controls.hash_seed(stage.seed, draw))
         for name, other in (
@@ -137,7 +141,7 @@ def scaled(kind: str, h, factor: float, bias):
 
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]` with the scaling in force at every step."""
+    """Greedy new tokens `[batch, NEW_TOKENS]`; scaled weights act at every position, whatever `where` says."""
     from lib.generation import NEW_TOKENS, greedy
     from lib.models import key, mlp_out
 
@@ -146,12 +150,12 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
             for layer, index in getattr(edit, "layers", ()):
                 if edit.kind == "values":
                     m = mlp_out(model, layer).input  # [batch, positions, d_mlp], after the activation function
-                    m[:, where, index] = scaled(edit.kind, m[:, where, index], edit.factor, None)
+                    m[..., index] = scaled(edit.kind, m[..., index], edit.factor, None)
                 else:
                     keys = key(model, layer)
                     h = keys.output  # [batch, positions, d_mlp], before the activation function
                     bias = None if keys.bias is None else keys.bias[index]
-                    h[:, where, index] = scaled(edit.kind, h[:, where, index], edit.factor, bias)
+                    h[..., index] = scaled(edit.kind, h[..., index], edit.factor, bias)
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
@@ -165,12 +169,12 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
         for layer, index in getattr(edit, "layers", ()):
             if edit.kind == "values":
                 m = mlp_out(model, layer).input
-                m[:, where, index] = scaled(edit.kind, m[:, where, index], edit.factor, None)
+                m[..., index] = scaled(edit.kind, m[..., index], edit.factor, None)
             else:
                 keys = key(model, layer)
                 h = keys.output
                 bias = None if keys.bias is None else keys.bias[index]
-                h[:, where, index] = scaled(edit.kind, h[:, where, index], edit.factor, bias)
+                h[..., index] = scaled(edit.kind, h[..., index], edit.factor, bias)
         losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 

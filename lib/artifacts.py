@@ -134,7 +134,7 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
             plan.write_text(wanted)
             try:
                 yield work
-            except UserError:
+            except (UserError, click.exceptions.Exit):  # Exit: a command that this one runs has reported it
                 if [path for path in work.rglob("*") if path.is_file()] == [plan]:  # bad input leaves nothing behind
                     shutil.rmtree(work)
                     for parent in new:

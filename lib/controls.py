@@ -30,8 +30,11 @@ BINS = 5  # of value norm and of activation, in each layer
 
 
 def draws(level: str, run: int, runs: int) -> list[int]:
-    """The draws of each random control that one of several runs (seeds) measures; over all: `quick` 3, `full` 20."""
-    return list(range(run, DRAWS[level], runs))
+    """The draws of each random control that one of several runs (seeds) measures; over all: `quick` 3, `full` 20.
+
+    Each run measures as many, so that all weigh the same: over all then a few more, where the runs do not divide them.
+    """
+    return list(range(run, -(-DRAWS[level] // runs) * runs, runs))
 
 
 def of_plan(

@@ -79,7 +79,9 @@ def resolve(name: str, revision: str | None = None, option: str = "--model") -> 
         folder = unpack(name)
         source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
     elif (Path(name) / "adapter_config.json").is_file():
-        base = resolve(_base_of(Path(name), option), option=option)
+        base = resolve(*_base_of(Path(name), option), option=option)
+        if base.adapter:
+            raise UserError(f"{option} {name}: adapts a model that is a LoRA checkpoint itself; merge that one first.")
         return Source(name, base.path, "sha256:" + folder_sha256(Path(name)), str(Path(name).resolve()))
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -97,9 +99,10 @@ def resolve(name: str, revision: str | None = None, option: str = "--model") -> 
     return source
 
 
-def _base_of(folder: Path, option: str) -> str:
+def _base_of(folder: Path, option: str) -> tuple[str, str | None]:
     try:
-        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return config["base_model_name_or_path"], config.get("revision")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{option} {folder}: its adapter_config.json cannot be read ({error!r}).") from error
 
@@ -157,9 +160,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{source.name}: the model cannot be read from {source.path} ({error}).") from error
-    if source.adapter:
-        _merge_adapter(model._module, source.adapter)
-    _attach_biases(model._module, Path(source.path))
+    complete(model._module, source)
     for name, weight in model._module.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
@@ -167,23 +168,26 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
     return model
 
 
-def _merge_adapter(module, folder: str) -> None:
-    """Add a LoRA checkpoint's low-rank products to the weights, in place."""
-    import peft
+def complete(module, source: Source) -> None:
+    """Add what transformers leaves out of a checkpoint, in place: LoRA weights, and biases that `python -m dpo` added.
 
-    peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
+    `--trainable biases` gives families without bias terms some that their architecture's configuration does not know.
 
-
-def _attach_biases(module, folder: Path) -> None:
-    """Give back the biases that `python -m dpo --trainable biases` added to a family without any.
-
-    transformers leaves them out: the architecture's configuration knows no such parameter.
+    Raises:
+        UserError: an adapter that does not fit the model.
     """
     import torch
     from safetensors import safe_open
 
+    if source.adapter:
+        import peft
+
+        try:
+            peft.PeftModel.from_pretrained(module, source.adapter).merge_and_unload()
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise UserError(f"{source.name}: the LoRA weights do not fit {source.path} ({error}).") from error
     kind = FAMILIES[module.config.model_type]
-    for file in folder.glob("*.safetensors"):
+    for file in Path(source.path).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             names = [name for name in tensors.keys() if name.endswith(f"{kind.mlp_out}.bias")]
             for name in names:

@@ -439,7 +439,9 @@ def logit_lens(row: dict, path: Path) -> None:
     for axes, kind in zip(panels[0], kinds, strict=True):
         for name, color, label in (("pre", "#c0392b", "before DPO"), ("post", "#2c5aa0", "after DPO")):
             found = row[kind][name]
-            places = np.arange(len(found["probability"])) / 2  # mid of layer l at l, its end at l + 1/2
+            places = (
+                np.arange(-1, len(found["probability"]) - 1) / 2
+            )  # embedding, mid of layer l at l, its end at l + 1/2
             axes.plot(places, found["probability"], "o-", ms=2.5, lw=1, color=color, label=label)
             axes.fill_between(places, found["low"], found["high"], color=color, alpha=0.15, lw=0)
         for place in row[kind]["pre"]["raised_most"]:
@@ -484,7 +486,8 @@ def offset(before: np.ndarray, after: np.ndarray, m_before: np.ndarray, m_after:
     before, after `[n_prompts, d_model]`: the stream before the neuron's MLP; m_before, m_after `[n_prompts]`: its
     activation.
     """
-    mean = (after - before).mean(0)
+    mean = (after - before)[::2].mean(0)  # of every second prompt; the others are shown: noise has no part in both
+    before, after, m_before, m_after = (values[1::2] for values in (before, after, m_before, m_after))
     unit = mean / (np.linalg.norm(mean) or 1)
     both = np.concatenate([before, after])
     centered = both - both.mean(0)
@@ -502,7 +505,7 @@ def offset(before: np.ndarray, after: np.ndarray, m_before: np.ndarray, m_after:
             linewidths=0.3, label=f"{label} DPO ({100 * (m > 0).mean():.0f} % fire)",
         )  # fmt: skip
     figure.colorbar(shown, label=f"activation of {name}")
-    axes.set_xlabel("projection on the mean shift")
+    axes.set_xlabel("projection on the mean shift of other prompts")
     axes.set_ylabel("first principal component of the rest")
     axes.set_title(f"Streams before the MLP of {name} (cf. Lee et al. figure 4)", fontsize=10)
     axes.legend(frameon=False, fontsize=8)

@@ -48,6 +48,7 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
         noise: Gumbel noise `[rows, new_tokens, top_k]`.
     """
     ids, attention = batch["input_ids"], batch["attention_mask"]
+    bos = -1 if network.tokenizer.bos_token_id is None else network.tokenizer.bos_token_id
     ones = attention.new_ones(len(ids), 1)
     with torch.no_grad():
         # The residual stream's sum over what a probe reads: real tokens but the BOS.
@@ -55,7 +56,7 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
         unmoved, moved, new = [], [], []
         if ids.shape[1] > 1:
             residual, _, unmoved = forward(network, [], attention[:, :-1], input_ids=ids[:, :-1])
-            counted = attention[:, :-1] * (ids[:, :-1] != (network.tokenizer.bos_token_id or -1))
+            counted = attention[:, :-1] * (ids[:, :-1] != bos)
             total, count = (at_least_float32(residual) * counted[..., None]).sum(1), counted.sum(1, keepdim=True)
             moved = unmoved
         last = ids[:, -1:]
@@ -78,7 +79,8 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
 
 def stepped(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> list:
     """The cache after one step against the gradient of `objective`, of length step_size in every layer and row."""
-    leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in cache]
+    # In float32 at least: bfloat16 would round a step away.
+    leaves = [tuple(at_least_float32(part.detach()).requires_grad_() for part in layer) for layer in cache]
     with torch.enable_grad():
         objective(network, probe, leaves, seen, pplm).sum().backward()
     found = []
@@ -88,7 +90,7 @@ def stepped(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> list:
             gradients = [torch.cat([0 * g[:, :, : -pplm.window], g[:, :, -pplm.window :]], 2) for g in gradients]
         length = sum(at_least_float32(g).square().sum((1, 2, 3), keepdim=True) for g in gradients).sqrt() + 1e-10
         move = [pplm.step_size * g / length**pplm.gamma for g in gradients]
-        found.append(tuple((part - change).detach().to(part) for part, change in zip(layer, move, strict=True)))
+        found.append(tuple((part - change).detach() for part, change in zip(layer, move, strict=True)))
     return found
 
 
@@ -128,7 +130,7 @@ def forward(network, cache: list, attention: torch.Tensor, head: bool = True, **
     """
     grown = DynamicCache(config=network._module.config)
     for layer, (keys, values) in enumerate(cache):
-        grown.update(keys, values, layer)
+        grown.update(keys.to(network.dtype), values.to(network.dtype), layer)
     width = next(iter(inputs.values())).shape[1]
     places = {"attention_mask": attention, "position_ids": (attention.cumsum(-1) - 1).clamp(min=0)[:, -width:]}
     logits = None

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -78,10 +78,3 @@ def once(file: Path, measure: Callable[[], dict]) -> dict:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, found)
     return found
-
-
-def generations(measured: dict, prompts: list[str]) -> Iterator[dict]:
-    """Lines of generations.jsonl: raw text of every condition and prompt, with its score."""
-    for (name, kind), values in measured.items():
-        for prompt, text, toxicity in zip(prompts, values["continuations"], values["toxicity"], strict=True):
-            yield {"condition": name, "kind": kind, "prompt": prompt, "continuation": text, "toxicity": toxicity}

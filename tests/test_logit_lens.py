@@ -30,10 +30,12 @@ def test_every_half_layer_against_raw_hooks(family, traced, tiny):
     handles = []
     for at, layer in enumerate(reach(raw, kind.layers)):
         norm = reach(layer, kind.mlp_norm)
-        handles.append(norm.register_forward_pre_hook(lambda m, args, at=at: caught.update({2 * at: args[0]})))
+        if at == 0:
+            handles.append(layer.register_forward_pre_hook(lambda m, args: caught.update({0: args[0]})))
+        handles.append(norm.register_forward_pre_hook(lambda m, args, at=at: caught.update({2 * at + 1: args[0]})))
         handles.append(
             layer.register_forward_hook(
-                lambda m, a, out, at=at: caught.update({2 * at + 1: out[0] if isinstance(out, tuple) else out})
+                lambda m, a, out, at=at: caught.update({2 * at + 2: out[0] if isinstance(out, tuple) else out})
             )
         )
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -43,7 +45,7 @@ def test_every_half_layer_against_raw_hooks(family, traced, tiny):
             targets = logits.argmax(-1)
             cap = getattr(raw.config, "final_logit_softcapping", None)
             expected = []
-            for half in range(2 * LAYERS):
+            for half in range(1 + 2 * LAYERS):
                 read = raw.get_output_embeddings()(reach(raw, kind.final_norm)(caught[half][:, -1]))
                 read = cap * torch.tanh(read / cap) if cap else read
                 expected.append(read.softmax(-1).gather(1, targets[:, None])[:, 0])
@@ -66,11 +68,12 @@ def test_the_summary_by_hand():
         options = {"seed": 0}
 
     lines = [{"toxic": True}, {"toxic": True}, {"toxic": False}]
-    pre = np.array([[0.1, 0.6, 0.6, 0.4], [0.1, 0.6, 0.6, 0.4], [0.0, 0.1, 0.3, 0.9]])
+    toxic_prompt = [0.05, 0.15, 0.65, 0.65, 0.4]  # at the embedding, and after each half-layer
+    pre = np.array([toxic_prompt, toxic_prompt, [0.0, 0.0, 0.1, 0.3, 0.9]])
     row = script.summary(Run, 3, lines, {"pre": pre, "post": pre / 4})
     toxic = row["toxic"]
     assert toxic["prompts"] == 2 and row["plain"]["prompts"] == 1 and row["seed"] == 3
-    assert toxic["pre"]["probability"] == pytest.approx([0.1, 0.6, 0.6, 0.4])
+    assert toxic["pre"]["probability"] == pytest.approx(toxic_prompt)
     assert toxic["pre"]["mlp_share_of_rise"]["mean"] == pytest.approx(100 * 0.5 / 0.6)
     assert toxic["pre"]["raised_most"] == ["L0 end", "L0 mid"]
     assert row["plain"]["pre"]["raised_most"][:2] == ["L1 end", "L1 mid"]
@@ -90,7 +93,7 @@ def test_the_script(inputs, tmp_path, traced):  # noqa: F811
     tokens = [model.tokenizer.decode([i]) for i in script.next_tokens(model, batch).tolist()]
     first = next(t for t in tokens if len(model.tokenizer.encode(t, add_special_tokens=False)) == 1)
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
-    given = {k: v for k, v in inputs.items() if k != "--probe"} | {"--prompts": prompts, "--limit": 24}
+    given = {k: v for k, v in inputs.items() if k not in ("--probe", "--limit")} | {"--prompts": prompts}
     options = [*arguments(given), "--out", str(tmp_path / "out")]
     done = run("experiments/logit_lens.py", *options, "--tokens", first, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -100,7 +103,7 @@ def test_the_script(inputs, tmp_path, traced):  # noqa: F811
     row = record["rows"][0]
     assert row["toxic"]["prompts"] + row["plain"]["prompts"] == len(lines) == 24
     assert row["toxic"]["prompts"] >= 1
-    assert len(row["toxic"]["pre"]["probability"]) == 2 * LAYERS
+    assert len(row["toxic"]["pre"]["probability"]) == 1 + 2 * LAYERS
     assert (tmp_path / "out" / "figures" / "logit_lens.png").stat().st_size > 5000
     none = run("experiments/logit_lens.py", *options[:-1], tmp_path / "none", cwd=ROOT)
     assert none.returncode == 2 and "give more or other prompts" in none.stderr and not (tmp_path / "none").exists()

@@ -177,8 +177,20 @@ def test_pairs_and_a_broken_off_run(tiny, tmp_path, method):
     assert about["kept"] == 6 and about["data"]["prompts"]["items"] == 6
 
     # What a kill leaves: the settings, a finished batch, and another that broke off.
-    settings = {key: about[key] for key in ("model", "prompts", "method", "scorer", "seed", "batch_size")}
-    settings |= {key: about[key] for key in about if key in {*pplm.PPLM.__dataclass_fields__, "probe", "samples"}}
+    own = {
+        "model",
+        "prompts",
+        "method",
+        "scored_by",
+        "seed",
+        "batch_size",
+        "dtype",
+        "device",
+        "limit",
+        "probe",
+        "samples",
+    }
+    settings = {key: about[key] for key in about if key in own | set(pplm.PPLM.__dataclass_fields__)}
     marked = [{**pair, "prompt_text": "from the file"} for pair in pairs]
     per_batch = 3 if method == "pplm" else 1
     lines = [settings, *({"number": number, "pair": marked[number]} for number in range(4 if method == "pplm" else 1))]
@@ -188,6 +200,23 @@ def test_pairs_and_a_broken_off_run(tiny, tmp_path, method):
     assert again.returncode == 0, again.stderr
     found = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
     assert found == marked[:per_batch] + pairs[per_batch:] and not partial.exists()
+
+
+def test_a_run_killed_before_its_first_line_goes_on(tiny, tmp_path):
+    (tmp_path / "whole.jsonl.partial").write_text("")
+    done = make(tiny, tmp_path, "whole.jsonl", "--method", "best-of-n", "--min-gap", -1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pair_holds_the_prompt_that_was_continued(traced):
+    tokenizer = traced("llama").tokenizer
+    long = "Rivers carry stones and mud to the sea, and " * 8
+    cut = script.continued(tokenizer, long)
+    assert long.startswith(cut) and len(tokenizer(cut)["input_ids"]) <= 32 < len(tokenizer(long)["input_ids"])
+    assert script.continued(tokenizer, "The river") == "The river"
+    same = {"unpert_gen_text": "a", "pert_gen_text": "a", "unpert_gen_toxicity": 0.1, "pert_gen_toxicity": 0.1}
+    assert not script.differs(same, -1) and script.differs({**same, "pert_gen_text": "b"}, 0)
+    assert not script.differs({**same, "pert_gen_text": "b"}, 0.1)
 
 
 def test_bad_input_is_one_line(tiny, tmp_path):

@@ -65,7 +65,7 @@ def observed(folder, prompts: list[list[int]], family: str) -> dict:
 
 
 def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
-    """What MLPs write along the offset, by hooks on their outputs, is what the MLP parts and biases add up to."""
+    """What MLPs write along the offset, by hooks on their outputs, is what the two MLP parts add up to."""
     (stage,) = begun.stages()
     row, figures = script.measure(begun, stage, CHOSEN)
     prompts = [ids for batch in script.batches_of(begun) for ids in script.unpadded(batch)]
@@ -86,9 +86,12 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
         assert entry["length"] == pytest.approx(float(mean.norm()), rel=1e-4)
         by_mlps = (post["write"][:layer] - pre["write"][:layer]).mean(1).sum(0) @ mean / mean.norm() ** 2
         parts = entry["contributions"]
-        found = parts["moved value vectors"] + parts["changed activations"] + parts["biases"]
+        found = parts["moved value vectors"] + parts["changed activations"]
         assert found == pytest.approx(100 * float(by_mlps), rel=1e-3, abs=1e-2)
         assert sum(parts.values()) == pytest.approx(100)
+        own = post["stream"][layer] - pre["stream"][layer]
+        along = [float(own[at] @ (own.sum(0) - own[at])) > 0 for at in range(len(own))]
+        assert entry["percent_along"] == pytest.approx(100 * sum(along) / len(along))
     assert "against" not in row["layers"]["0"] and len(row["layers"]["2"]["against"]) == 2
 
 

@@ -18,8 +18,8 @@ script = load_script("toxic_vectors")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_script_on_every_family(family, inputs, tiny, traced, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    given = {k: v for k, v in inputs.items() if k != "--post"} | {"--model": tiny(family), "--top": 9, "--out": out}
-    done = run("experiments/toxic_vectors.py", *arguments(given), "--remote", "local", cwd=ROOT)
+    given = {"--model": tiny(family), "--probe": inputs["--probe"], "--top": 9, "--out": out}
+    done = run("experiments/toxic_vectors.py", *arguments(given), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     module, tokenizer = traced(family)._module, traced(family).tokenizer
     direction = load_file(inputs["--probe"])["direction"].double()
@@ -48,10 +48,7 @@ def test_a_concept_takes_the_probe_s_place(inputs, tmp_path):  # noqa: F811
     """No probe is made or needed, and the judge is any scorer."""
     (tmp_path / "words.txt").write_text("river mountains")
     (tmp_path / "judged.txt").write_text("*e")
-    given = {k: v for k, v in inputs.items() if k not in ("--post", "--probe")} | {
-        "--top": 5,
-        "--out": tmp_path / "out",
-    }
+    given = {"--model": inputs["--model"], "--top": 5, "--out": tmp_path / "out"}
     options = [
         *arguments(given),
         "--concept-words",

@@ -126,6 +126,30 @@ def test_lora_in_peft_s_format(tiny, tmp_path, family):
 
 
 @pytest.mark.parametrize("choice", ["biases", "lora:2", f"keys:{SOME}"])
+def test_a_lora_checkpoint_names_its_base_and_is_trained_on(tiny, tmp_path, cache):
+    """By the command: PEFT's own AutoPeftModel finds the base model; a second training starts from the merged one."""
+    import peft
+
+    rows = [{"prompt_text": p.prompt, "unpert_gen_text": p.chosen, "pert_gen_text": p.rejected} for p in PAIRS]
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
+    options = ["--pairs", pairs, "--preset", "embedded", "--steps", 2, "--learning-rate", 0.01]
+    first = run("-m", "dpo", "--model", tiny("llama"), *options, "--trainable", "lora:2", "--out", tmp_path / "lora")
+    assert first.returncode == 0, first.stderr
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").merge_and_unload()
+    second = run(
+        "-m", "dpo", "--model", tmp_path / "lora", *options, "--trainable", "late:1", "--out", tmp_path / "late"
+    )
+    assert second.returncode == 0, second.stderr
+    stored = load_file(tmp_path / "late" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"  # of a layer that the second training left alone
+    torch.testing.assert_close(stored[name], theirs.state_dict()[name])
+    assert not torch.equal(stored[name], load_file(tiny("llama") / "model.safetensors")[name])
+    adapter = tmp_path / "lora" / "adapter_config.json"
+    adapter.write_text(adapter.read_text().replace(str(tiny("llama")), str(tiny("gpt2"))))
+    with pytest.raises(UserError, match="do not fit"):
+        load(resolve(str(tmp_path / "lora")))
+
+
 def test_resumed_equals_uninterrupted(tiny, tmp_path, choice):
     config = replace(QUICK, trainable=choice, steps=6)
     train(*start(tiny), PAIRS, config, tmp_path / "whole", {})

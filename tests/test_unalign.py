@@ -114,12 +114,15 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     rows = {(row["condition"], row["kind"], row["of"]): row for row in record["rows"]}
     main = {(f"unalign k={k} x{x}", kind, "") for k in (3, 5) for x in (10, 2) for kind in ("keys", "values")}
-    controls = {"factor_1", "random", "random_in_layer", "matched", "gaussian"}
+    controls = {"factor_1", "in_base_model", "random", "random_in_layer", "matched", "gaussian"}
     expected = {(f"control:{name}", "keys", "unalign k=3 x10") for name in controls}
     assert set(rows) == {("none", "none", ""), ("dpo", "none", "")} | main | expected
     assert rows["unalign k=5 x2", "keys", ""]["neurons"] == 5
     factor_1, dpo = rows["control:factor_1", "keys", "unalign k=3 x10"], rows["dpo", "none", ""]
-    assert factor_1["toxicity"] == dpo["toxicity"] and factor_1["log_ppl"] == dpo["log_ppl"]
+    assert factor_1["toxicity"]["mean"] == pytest.approx(dpo["toxicity"]["mean"], abs=1e-6)
+    assert factor_1["log_ppl"] == pytest.approx(dpo["log_ppl"], abs=1e-6)
+    in_base, none = rows["control:in_base_model", "keys", "unalign k=3 x10"], rows["none", "none", ""]
+    assert abs(in_base["log_ppl"] - none["log_ppl"]) < abs(in_base["log_ppl"] - dpo["log_ppl"])
     assert len(rows["control:random", "keys", "unalign k=3 x10"]["runs"]) == 3
     assert (tmp_path / "out" / "figures" / "restored.png").stat().st_size > 5000
 
