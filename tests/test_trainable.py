@@ -125,7 +125,6 @@ def test_lora_in_peft_s_format(tiny, tmp_path, family):
     assert not torch.allclose(found, unadapted, atol=1e-3)
 
 
-@pytest.mark.parametrize("choice", ["biases", "lora:2", f"keys:{SOME}"])
 def test_a_lora_checkpoint_names_its_base_and_is_trained_on(tiny, tmp_path, cache):
     """By the command: PEFT's own AutoPeftModel finds the base model; a second training starts from the merged one."""
     import peft
@@ -150,6 +149,7 @@ def test_a_lora_checkpoint_names_its_base_and_is_trained_on(tiny, tmp_path, cach
         load(resolve(str(tmp_path / "lora")))
 
 
+@pytest.mark.parametrize("choice", ["biases", "lora:2", f"keys:{SOME}"])
 def test_resumed_equals_uninterrupted(tiny, tmp_path, choice):
     config = replace(QUICK, trainable=choice, steps=6)
     train(*start(tiny), PAIRS, config, tmp_path / "whole", {})
