@@ -114,9 +114,9 @@ def change(base, post) -> dict[str, float]:
     squares = own = entries = 0.0
     for name, after in post.named_parameters():
         first = before[name] if name in before else 0 * after  # an added bias
-        moved = (after - first).cpu().double()
+        moved, first = (tensor.detach().cpu().double() for tensor in (after - first, first))
         squares += float(moved.square().sum())
-        own += float(first.cpu().double().square().sum())
+        own += float(first.square().sum())
         entries += int((moved != 0).sum())
     return {"entries": entries, "relative_change": (squares / own) ** 0.5}
 
