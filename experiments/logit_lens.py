@@ -13,7 +13,7 @@ written, such as `--tokens " shit, ass"`.
 Needs a DPO checkpoint, made when missing or given (--post). Writes run.json, lens.jsonl (RAW prompts and tokens:
 profanity) and figures/ to runs/logit_lens/<model>/.
 
-    python experiments/logit_lens.py                        # every embedded prompt, 2 minutes on two CPU cores
+    python experiments/logit_lens.py
     python experiments/logit_lens.py --model gpt2 --tokens " shit"
 """
 

@@ -18,7 +18,7 @@ Weights are compared in the run's --dtype: in bfloat16 changes as small as DPO's
 Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, shifts.safetensors
 and figures/ to runs/residual_shift/<model>/.
 
-    python experiments/residual_shift.py                # 3 minutes on two CPU cores
+    python experiments/residual_shift.py
     python experiments/residual_shift.py --model gpt2 --neurons L19.N770,L12.N771,L18.N2669,L13.N668
 """
 

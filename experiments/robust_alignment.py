@@ -21,7 +21,7 @@ variant.
 Needs a probe, made when missing or given (--probe), and DPO checkpoints, made when missing. Writes run.json,
 generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/robust_alignment/<model>/.
 
-    python experiments/robust_alignment.py          # 40 minutes on two CPU cores, most of them training
+    python experiments/robust_alignment.py
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ Needs a probe, made when missing or given (--probe). Writes run.json and vectors
 neurons.txt (the N best, for `python -m dpo --trainable values:FILE`) and directions.safetensors to
 runs/toxic_vectors/<model>/.
 
-    python experiments/toxic_vectors.py                                        # 2 minutes on two CPU cores
+    python experiments/toxic_vectors.py
     python experiments/toxic_vectors.py --concept-words happy,joy,delight
 """
 

@@ -18,7 +18,7 @@ same keys scaled in the base model (does scaling undo DPO, or add toxicity to an
 Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, generations.jsonl
 (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/unalign/<model>/.
 
-    python experiments/unalign.py --controls quick                      # 10 minutes on two CPU cores
+    python experiments/unalign.py --controls quick
     python experiments/unalign.py --top 7,64,512 --factor 10,100
 """
 
