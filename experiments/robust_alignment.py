@@ -30,7 +30,7 @@ import click
 
 from lib.cli import CAUSAL, options
 
-# Times the preset's learning rate.
+# Times the preset's learning rate; first guesses, not searched yet.
 LEARNING_RATES = {"all": 1, "biases": 100, "late": 4, "values": 100, "keys": 100, "lora": 40}
 
 
