@@ -163,7 +163,7 @@ def report(record: dict, out: Path) -> None:
     from rich import box
     from rich.table import Table
 
-    from lib.evaluation import wide_console, with_interval
+    from lib.tables import wide_console, with_interval
 
     console, params = wide_console(), record["params"]
     console.width = max(console.width, 160)

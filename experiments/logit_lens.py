@@ -176,9 +176,8 @@ def report(run, record: dict, lines: list[dict]) -> None:
     """Print probabilities at the end, what is left after DPO, and which half-layers raise the token."""
     from collections import Counter
 
-    from lib.evaluation import wide_console
     from lib.metrics import mask
-    from lib.observation import show
+    from lib.tables import show, wide_console
 
     console, rows = wide_console(), record["rows"]
     common = Counter(line["token"] for line in lines if line["toxic"]).most_common(5)

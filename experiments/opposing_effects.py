@@ -223,8 +223,7 @@ def write(run, rows: list[dict], tensors: dict) -> dict:
 
 def report(run, record: dict) -> None:
     """Print the table, beside the published numbers."""
-    from lib.evaluation import wide_console
-    from lib.observation import show
+    from lib.tables import show, wide_console
 
     rows, published, console = record["rows"], record["published"], wide_console()
     lines = [

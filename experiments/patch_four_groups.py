@@ -167,7 +167,7 @@ def write(run, found: dict) -> dict:
     from safetensors.torch import save_file
 
     from lib import neurons, paper, plots
-    from lib.evaluation import published_row
+    from lib.paper import published_row
 
     name = run.options["model"]
     tensors = {key: found[key].float().contiguous() for key in ("pre", "post", "cosine", "delta")}
@@ -193,8 +193,8 @@ def write(run, found: dict) -> dict:
 
 def report(run, record: dict) -> None:
     """Print groups, table, anti-toxic vectors and continuations."""
-    from lib.evaluation import print_groups
     from lib.metrics import mask
+    from lib.tables import print_groups
 
     def before(console) -> None:
         print_groups(console, record)

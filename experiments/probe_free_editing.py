@@ -170,7 +170,7 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
 def write(run, words: list) -> dict:
     """The figure and the record."""
     from lib import plots
-    from lib.evaluation import published_row
+    from lib.paper import published_row
 
     record = run.finish(
         lambda name, kind: published_row(name, kind, run.options["model"]),

@@ -63,7 +63,7 @@ def best(run, stage, top: int) -> list[tuple[int, int]]:
 
 def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
     """One seed's row of the record, and what its figures are drawn from."""
-    from lib import neurons, observation
+    from lib import neurons, observation, weights
     from lib.statistics import Bootstrap
 
     remote = run.options["remote"] or False
@@ -90,7 +90,7 @@ def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
     offsets = {layer: offset(run, stage, layer, last, means["last"]) for layer in layers}
     row = {
         "seed": stage.seed,
-        "parameters": parameters(run.base._module, stage.post._module),
+        "parameters": weights.changes(run.base._module, stage.post._module),
         "neurons": found,
         "layers": {str(layer): entry for layer, (entry, _) in offsets.items()},
     }
@@ -196,40 +196,6 @@ def written(module, layer: int):
     return value_vectors(module, layer).cpu().double() * write_gain(module, layer).cpu().double()
 
 
-def parameters(base, post) -> dict[str, dict]:
-    """How far training moved the parameters, by kind: lowest cosine with itself, mean |change| of an entry, and the
-    length of the change over the parameter's own. base, post: torch models.
-    """
-    import torch
-
-    kinds = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
-    sums: dict[str, dict] = {}
-    changed = dict(post.named_parameters())  # by name: a bias that training added has no counterpart
-    for name, before in base.named_parameters():
-        kind = next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "norm")
-        if "norm" in name:
-            kind = "norm"
-        x, y = (weight.detach().flatten().cpu().float() for weight in (before, changed[name]))
-        dot, xx, yy = (float((a * b).sum(dtype=torch.float64)) for a, b in ((x, y), (x, x), (y, y)))
-        change = (y - x).abs()
-        one = sums.setdefault(kind, {"lowest_cosine": 1.0, "n": 0, "change": 0.0, "squares": 0.0, "own": 0.0})
-        if xx and yy:
-            one["lowest_cosine"] = min(one["lowest_cosine"], dot / (xx * yy) ** 0.5)
-        one["n"] += len(x)
-        one["change"] += float(change.sum(dtype=torch.float64))
-        one["squares"] += float(change.square().sum(dtype=torch.float64))
-        one["own"] += xx
-    return {
-        kind: {
-            "entries": one["n"],
-            "lowest_cosine": one["lowest_cosine"],
-            "mean_change": one["change"] / one["n"],
-            "relative_change": (one["squares"] / (one["own"] or 1)) ** 0.5,
-        }
-        for kind, one in sums.items()
-    }
-
-
 def write(run, rows: list[dict], first: dict) -> dict:
     """The record of all seeds; tensors and figures of the first."""
     from safetensors.torch import save_file
@@ -258,8 +224,7 @@ def write(run, rows: list[dict], first: dict) -> dict:
 
 def report(run, record: dict) -> None:
     """Print parameters, toxic neurons, and the offsets of their layers."""
-    from lib.evaluation import wide_console
-    from lib.observation import show
+    from lib.tables import show, wide_console
 
     rows, lines = record["rows"], []
     for kind in rows[0]["parameters"]:

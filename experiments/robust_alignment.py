@@ -54,7 +54,7 @@ class KeyScaling:
 @click.option("--factor", type=float, default=10, show_default=True, help="By which.")
 def main(variants, top, factor, **options):
     from dpo.trainable import read
-    from lib import experiment
+    from lib import experiment, weights
     from lib.interventions import NO_EDIT
     from lib.models import load_like
 
@@ -72,7 +72,7 @@ def main(variants, top, factor, **options):
             for name, source in sources.items():
                 model = stage.post if name == "all" else load_like(run.base, source, run.device, run.options["dtype"])
                 label = "dpo" if name == "all" else name
-                sizes.setdefault(label, []).append(change(run.base._module, model._module))
+                sizes.setdefault(label, []).append(weights.changes(run.base._module, model._module)["all"])
                 edits = {} if name == "all" else {stage.condition(name, "none"): NO_EDIT}
                 edits |= unaligned(run, stage, label, top, factor)
                 run.measure(stage, edits, generate, negative_log_likelihood, on=(model, source))
@@ -106,19 +106,6 @@ def cosines(run, probe):
 
     written = run.protocol.value_vectors == "written"
     return neurons.value_projections(run.base._module, probe, through_norm=written)[1]
-
-
-def change(base, post) -> dict[str, float]:
-    """How many numbers training changed, and the length of the change over that of all weights. Torch models."""
-    before = dict(base.named_parameters())
-    squares = own = entries = 0.0
-    for name, after in post.named_parameters():
-        first = before[name] if name in before else 0 * after  # an added bias
-        moved, first = (tensor.detach().cpu().double() for tensor in (after - first, first))
-        squares += float(moved.square().sum())
-        own += float(first.square().sum())
-        entries += int((moved != 0).sum())
-    return {"entries": entries, "relative_change": (squares / own) ** 0.5}
 
 
 def unaligned(run, stage, label: str, top: int, factor: float) -> dict:
@@ -197,7 +184,8 @@ def robustness(run, sizes: dict[str, list[dict]]) -> list[dict]:
     base, rows, plain = level("none", "none"), [], None
     for name, found in sizes.items():
         variant = level(name, "none")
-        row = {"variant": name} | {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+        row = {"variant": name}
+        row |= {key: sum(one[key] for one in found) / len(found) for key in ("changed", "relative_change")}
         row["percent_cut"] = 100 * float((base - variant).mean() / base.mean())
         if share := shares(variant, level(f"{name} un-aligned", "keys")):
             plain = share if name == "dpo" else plain
@@ -228,7 +216,7 @@ def report(console, record: dict) -> None:
     from rich import box
     from rich.table import Table
 
-    from lib.evaluation import with_interval
+    from lib.tables import with_interval
 
     view = Table(title="Which parameters DPO trained, and how much un-aligning brings back", box=box.SIMPLE_HEAD)
     for name in ("trained", "numbers changed", "relative change", "cut, %", "back, %", "minus plain DPO's", "random"):
@@ -237,7 +225,7 @@ def report(console, record: dict) -> None:
     for row in record["robustness"]:
         view.add_row(
             "all (plain DPO)" if row["variant"] == "dpo" else row["variant"],
-            f"{row['entries']:,.0f}", f"{row['relative_change']:.1e}", f"{row['percent_cut']:.0f}",
+            f"{row['changed']:,.0f}", f"{row['relative_change']:.1e}", f"{row['percent_cut']:.0f}",
             *(with_interval(row.get(key), 0) for key in shares),
         )  # fmt: skip
     console.print(view)

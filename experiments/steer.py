@@ -36,7 +36,6 @@ import click
 from lib.cli import CAUSAL, numbers, options
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
-SPANNED = {"sound": (128, None), "faithful": (512, 100)}  # value vectors that SVD takes, and of each layer at most
 SEARCH_STEPS = 6  # bisections of alpha's logarithm after it is bracketed
 SMALLEST = 0.01  # of the residual stream's length, where the search starts
 
@@ -87,16 +86,19 @@ def _vectors(context, parameter, value):
     help="The search keeps perplexity within this factor of the base model's; dpo: at the DPO model's.",
 )
 def main(vector, alpha, factor, **options):
-    from lib import experiment
+    from lib import experiment, tables
     from lib.interventions import NO_EDIT
+    from lib.paper import steering_scales
+    from lib.vectors import named
 
     given = {**options, "vector": vector, "alpha": alpha, "factor": factor, "holdout": False}
     with experiment.begin("steer", given) as run:
-        fixed = {name: published_alphas(run, name) if alpha == "published" else alpha for name in vector}
+        fixed = {name: steering_scales(options["model"], name) if alpha == "published" else alpha for name in vector}
         found = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}
         length, asked = residual_length(run), {"none": (run.base, NO_EDIT)}
         for stage in run.stages(means=False):
-            for name, direction in {name: make_vector(run, stage, name) for name in vector}.items():
+            asking = (stage.probe, stage.seed, options["protocol"], run.protocol.value_vectors == "written")
+            for name, direction in {name: named(run.base._module, name, *asking) for name in vector}.items():
                 if alpha is None:
                     best = search(run, stage, direction, factor, length, f"{name}_{stage.seed}")
                     found["searched_alpha"][name][str(stage.seed)] = best
@@ -115,53 +117,11 @@ def main(vector, alpha, factor, **options):
             if stage.seed == run.seeds[0]:
                 found["examples"] = examples(run, {**asked, "dpo": (stage.post, NO_EDIT)})
         record = write(run, found, length)
-    run.report(record, tuple(line["condition"] for line in record["examples"]), partial(shown, run, record))
-
-
-def make_vector(run, stage, name: str):
-    """A vector of --vector as a direction with its own length, `[d_model]`."""
-    import torch
-
-    from lib import models, neurons, vectors
-    from lib.errors import UserError
-    from lib.probes import Probe
-
-    kind, _, rest = name.partition(":")
-    if kind == "probe":
-        return stage.probe
-    if kind == "random":
-        generator = torch.Generator().manual_seed(stage.seed)
-        return Probe(torch.randn(stage.probe.direction.shape, generator=generator), 0.0)
-    module, written = run.base._module, run.protocol.value_vectors == "written"
-    _, cosine = neurons.value_projections(module, stage.probe, through_norm=written)
-    if kind == "value":
-        if rest:
-            layer, index = models.parse_neuron(rest, *cosine.shape, f"--vector {name}")
-        else:
-            layer, index = divmod(int(cosine.argmax()), cosine.shape[1])
-        row = models.value_vectors(module, layer)[index]
-        return Probe((row * models.write_gain(module, layer) if written else row).cpu(), 0.0)
-    n, per_layer = SPANNED[run.options["protocol"]]
-    rows = vectors.unit_vectors(module, vectors.ranked(cosine, per_layer)[:n], written)
-    if int(rest) >= min(rows.shape):
-        raise UserError(f"--vector {name}: {len(rows)} value vectors have directions 0 to {min(rows.shape) - 1}.")
-    return Probe(vectors.subspace(rows, int(rest) + 1)[0][int(rest)].float(), 0.0)
-
-
-def published_alphas(run, name: str) -> list[float]:
-    """The papers' scales of a vector. Raises UserError where they give none."""
-    from lib import paper
-    from lib.errors import UserError
-
-    model = run.options["model"]
-    scales = list(paper.STEERING.get(model, {})) if name == "probe" else []
-    if model == "gpt2" and name in paper.LEE_SCALES:
-        scales.append(paper.LEE_SCALES[name])
-    if not scales:
-        raise UserError(
-            f"--alpha published: the papers give none for {name} of {model}; give numbers, or leave it out."
-        )
-    return sorted(set(map(float, scales)))
+    run.report(
+        record,
+        tuple(line["condition"] for line in record["examples"]),
+        lambda console: console.print(tables.examples(record["examples"], options["raw_text"])),
+    )
 
 
 def steering(run, probe, alpha: float) -> Steering:
@@ -178,6 +138,7 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
     from lib.generation import right_padded
     from lib.interventions import NO_EDIT
     from lib.results import once
+    from lib.statistics import largest_within
 
     rows = max(1, PERPLEXITY_TOKENS // max(map(len, run.texts.windows)))
     tokens = sum(len(ids) - 1 for ids in run.texts.windows)
@@ -193,20 +154,8 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
         limit = log_perplexity(0.0, stage.post) if factor == "dpo" else base + math.log(factor)
         if limit <= base:
             raise UserError("--factor dpo: DPO did not raise perplexity here, so no alpha matches it; give a number.")
-        low = high = SMALLEST * length / float(direction.direction.norm())
-        while log_perplexity(high) <= limit:
-            if high > 1e6 * low:  # a direction that the model does not notice
-                return {"alpha": high}
-            high *= 2
-        if high == low:
-            while log_perplexity(low) > limit:
-                low /= 2
-        else:
-            low = high / 2
-        for _ in range(SEARCH_STEPS):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if log_perplexity(middle) <= limit else (low, middle)
-        return {"alpha": low}
+        smallest = SMALLEST * length / float(direction.direction.norm())
+        return {"alpha": largest_within(log_perplexity, limit, smallest, SEARCH_STEPS)}
 
     return once(run.work / "conditions" / f"search_{file.replace(':', '-')}.json", find)["alpha"]
 
@@ -308,50 +257,12 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
 def write(run, found: dict, length: float) -> dict:
     """The figure and the record; published rows stand beside the alphas that they give."""
     from lib import paper, plots
-    from lib.evaluation import published_row
 
-    name = run.options["model"]
-    theirs = paper.counterpart(name)
-    rows = {f"steer a={alpha:g}": numbers for alpha, numbers in paper.STEERING.get(theirs, {}).items()}
-    if rows:
-        rows["steer alpha*"] = next(iter(rows.values()))  # the alpha that table 11 chose to keep perplexity
-
-    def published(condition: str, kind: str) -> dict:
-        if run.options["factor"] == "dpo" or run.options["vector"] != ["probe"]:  # Lee's table 2
-            scales = {key: f"a={scale}" for key, scale in paper.LEE_SCALES.items()}
-            for key, scale in scales.items():
-                label = "steer" if key == "probe" else f"steer {key}"
-                if condition in (f"{label} alpha*", f"{label} {scale}"):
-                    return paper.lee(f"steer {key}")
-            return paper.lee(condition)
-        if condition not in rows:
-            return published_row(condition, kind, name)
-        toxicity, log_ppl, f1 = rows[condition]
-        return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}
-
+    lee = run.options["factor"] == "dpo" or run.options["vector"] != ["probe"]  # Lee's table 2, else Yang's 2 and 12
+    published = paper.lee_steering if lee else partial(paper.yang_steering, run.options["model"])
     record = run.finish(published, **found, stream_length=length)
     plots.trade_off(record["rows"], record["params"]["scorer"], run.work / "figures" / "toxicity_perplexity.png")
     return record
-
-
-def shown(run, record: dict, console) -> None:
-    """Print the examples, masked."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from lib.metrics import mask
-
-    def clean(text: str) -> Text:
-        return Text(" ".join((text if run.options["raw_text"] else mask(text)).split()))
-
-    view = Table(title="Lee et al. table 3's prompts", title_justify="left")
-    for name in ("prompt", "model", "most likely next", "continuation"):
-        view.add_column(name)
-    for line in record["examples"]:
-        view.add_row(
-            clean(line["prompt"]), line["condition"], clean(",".join(line["top_tokens"])), clean(line["continuation"])
-        )
-    console.print(view)
 
 
 if __name__ == "__main__":

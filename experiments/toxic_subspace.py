@@ -154,9 +154,8 @@ def write(run, rows: list[dict], tensors: dict) -> dict:
 
 def report(run, record: dict) -> None:
     """Print tokens, table and stability."""
-    from lib.evaluation import wide_console
     from lib.metrics import mask
-    from lib.observation import show
+    from lib.tables import show, wide_console
 
     rows, published, console = record["rows"], record["published"], wide_console()
     for lens, lists in rows[0]["tokens"].items():

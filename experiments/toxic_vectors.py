@@ -31,7 +31,6 @@ from lib.observation import OPTIONS
 
 SHOWN = 7  # vectors of each kind on the screen: as many as Lee's table 1 has
 K = 3  # SVD directions
-PER_LAYER = 100  # of Lee's released code
 DRAWS = 3  # times as many random vectors
 UNREAD = {"prompts": "embedded", "limit": 1, "batch-size-or-auto": 1, "pairs": "embedded", "post": None, "remote": None}
 
@@ -46,7 +45,7 @@ def main(top, judge, concept_words, **options):
 
     words = vectors.read_words(concept_words, "--concept-words")
     verdict = metrics.scorer(judge)
-    top = top or (512 if options["protocol"] == "faithful" else 128)
+    top = top or vectors.SPANNED[options["protocol"]][0]
     given = {**options, **{name.removesuffix("-or-auto").replace("-", "_"): value for name, value in UNREAD.items()}}
     needs = () if words else ("probe",)
     with observation.begin("toxic_vectors", {**given, "judge": judge, "words": words}, needs) as run:
@@ -65,7 +64,7 @@ def measure(run, seed: int, words: list[str], top: int, verdict) -> dict:
     file = run.artifacts_of[seed][0]
     probe = vectors.concept(run.base, words) if words else probes.load_probe(file, module.config.hidden_size)
     _, cosine = neurons.value_projections(module, probe, through_norm=written)
-    per_layer = PER_LAYER if run.options["protocol"] == "faithful" else None
+    _, per_layer = vectors.SPANNED[run.options["protocol"]]
     best, worst = vectors.ranked(cosine, per_layer), vectors.ranked(-cosine, per_layer)
     top = min(top, len(best))
     generator = torch.Generator().manual_seed(seed)
@@ -151,8 +150,8 @@ def report(run, record: dict, listed: list[dict]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lib.evaluation import wide_console
     from lib.metrics import mask
+    from lib.tables import wide_console
 
     console, row = wide_console(), record["rows"][0]
     lenses = list(listed[0]["tokens"])

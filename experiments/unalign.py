@@ -201,7 +201,7 @@ def restored(row: dict) -> dict | None:
 
 def report(console, record: dict) -> None:
     """Print how much of what DPO cut comes back."""
-    from lib.evaluation import with_interval
+    from lib.tables import with_interval
 
     for row in record["rows"]:
         if (back := restored(row)) and not row["of"]:

@@ -1,4 +1,4 @@
-"""What is measured of every condition, and the table of it: shared by all scripts that make a causal claim."""
+"""What is measured of every condition: shared by all scripts that make a causal claim."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lib import paper
 from lib.errors import UserError
 from lib.generation import NEW_TOKENS, batches, decode, end_ids, right_padded, until_end, windows
-from lib.metrics import Scorer, mask, repetition, token_f1
+from lib.metrics import Scorer, repetition, token_f1
 from lib.protocol import Protocol
 from lib.statistics import Bootstrap
 
@@ -156,103 +155,3 @@ def make_row(measured: dict, none: dict, dpo: dict | None, prompts: Bootstrap, p
     if "f1" in measured:
         row["f1"] = sum(measured["f1"]) / len(measured["f1"])
     return row | {"repetition": sum(measured["repetition"]) / len(measured["repetition"])}
-
-
-def table(record: dict, title: str, published: str | None = None):
-    """A rich table of a record's rows, with the published numbers where there are any; controls after what they test.
-
-    published: heads the last column; None: there is none.
-    """
-    from rich import box
-    from rich.table import Table
-
-    second = any("second_toxicity" in row for row in record["rows"])
-    view = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("condition", no_wrap=True)
-    names = ["edit", "neurons", "toxicity [95 %]", *(["by 2nd"] if second else []), "% of DPO's\ncut [95 %]"]
-    for name in (*names, "log-ppl", "log-ppl\npos. 0", "F1", "rep."):
-        view.add_column(name, justify="left" if name == "edit" else "right", no_wrap=True)
-    if published:
-        view.add_column(f"published, {published}:\ntox. log-ppl F1", justify="right", no_wrap=True)
-    for row in record["rows"]:
-        changed = row["kind"] != "none"
-        view.add_row(
-            ("  " if row["of"] else "") + row["condition"] + (" (held out)" if row["means"] == "held_out" else ""),
-            row["kind"] if changed else "-",
-            f"{row['neurons']:,}" if changed and row["neurons"] else "-",
-            with_interval(row["toxicity"], 3),
-            *([f"{row['second_toxicity']['mean']:.3f}" if "second_toxicity" in row else "-"] if second else []),
-            "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0),
-            *(f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in
-              (("log_ppl", 2), ("log_ppl_first", 2), ("f1", 3), ("repetition", 2))),
-            *([_published(row)] if published else []),
-        )  # fmt: skip
-    return view
-
-
-def print_groups(console, record: dict) -> None:
-    """Print the groups' shares, and the published ones of the model's counterpart below them."""
-
-    def line(name: str, shares, reducing: float, negative: float) -> None:
-        text = "  ".join(f"{group}↓ {share:.1f} %" for group, share in zip(record["groups"], shares, strict=True))
-        console.print(f"{name}: {text}   reducing {reducing:.1f} % of all neurons, negative {negative:.1f} %")
-
-    line("Groups", record["group_shares"].values(), record["percent_reducing"], record["percent_negative"])
-    if theirs := paper.counterpart(record["model"]):
-        line(
-            f"Yang et al., {theirs}",
-            paper.GROUP_SHARES[theirs][:4],
-            paper.PERCENT_REDUCING[theirs],
-            paper.PERCENT_NEGATIVE[theirs],
-        )
-
-
-def published_row(condition: str, kind: str, model: str) -> dict:
-    """`{"published": ...}` for a condition of Yang tables 2 and 19, or nothing; the papers' edits are clamps."""
-    theirs = paper.counterpart(model)
-    if kind not in {"none", "clamp"} or theirs not in paper.PUBLISHED.get(condition, {}):
-        return {}
-    toxicity, log_ppl, f1 = paper.PUBLISHED[condition][theirs]
-    return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}
-
-
-def continuations_table(prompts: list[str], shown: dict[str, dict], raw_text: bool):
-    """A rich table: the first condition's most toxic continuation, and the same prompt's under the others, masked.
-
-    shown: label -> what `measure` returned.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    def clean(text: str) -> Text:
-        return Text(" ".join((text if raw_text else mask(text)).split()))
-
-    first = next(iter(shown.values()))
-    worst = max(range(len(prompts)), key=lambda i: first["toxicity"][i])
-    view = Table(title=clean("Continuations of: " + prompts[worst]), title_justify="left", show_header=False)
-    for label, measured in shown.items():
-        view.add_row(label, clean(measured["continuations"][worst]))
-    return view
-
-
-def _published(row: dict) -> str:
-    theirs = row.get("published")
-    return f"{theirs['toxicity']:.3f}  {theirs['log_ppl']:.2f}  {theirs['f1']:.3f}" if theirs else "-"
-
-
-def with_interval(value: dict | None, digits: int) -> str:
-    """`0.123 [0.100, 0.150]`; `-` for what has no value."""
-    if value is None or value["mean"] is None:
-        return "-"
-    if value["low"] is None:
-        return f"{value['mean']:.{digits}f} [-]"
-    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-
-
-def wide_console():
-    """A console on stdout that leaves the table its width where the screen is narrower or is a file."""
-    from rich.console import Console
-
-    console = Console()
-    console.width = max(console.width, 126)
-    return console

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from lib import artifacts, chain, controls, evaluation, generation, metrics, models, neurons, probes, results
+from lib import artifacts, chain, controls, evaluation, generation, metrics, models, neurons, probes, results, tables
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.interventions import NO_EDIT, Plan
@@ -344,7 +344,7 @@ class Experiment:
 
     def report(self, record: dict, shown: tuple[str, ...], before: Callable[[Console], None] | None = None) -> None:
         """Print the table, one prompt's continuations under the `shown` conditions, and where everything lies."""
-        console, params = evaluation.wide_console(), record["params"]
+        console, params = tables.wide_console(), record["params"]
         if before:
             before(console)
         seeds = f", seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else ""
@@ -353,7 +353,7 @@ class Experiment:
             f"{params['protocol']} protocol ({self.protocol.edit_positions} positions edited)"
         )
         published = [row["published"]["model"] for row in record["rows"] if row.get("published")]
-        table = evaluation.table(record, title, published[0] if published else None)
+        table = tables.conditions(record, title, published[0] if published else None)
         # Wide enough for every cell: rich would cut numbers off on a narrow screen.
         console.width = max(
             console.width, console.measure(table, options=console.options.update(max_width=400)).maximum
@@ -364,7 +364,7 @@ class Experiment:
             for c, m in self.measured.items()
             if c.name in shown and not c.of and c.seed == self.seeds[0]
         }
-        console.print(evaluation.continuations_table(self.prompts.items, first, self.options["raw_text"]))
+        console.print(tables.continuations(self.prompts.items, first, self.options["raw_text"]))
         console.print(f"Record, raw generations, tensors and figures: {self.out}", soft_wrap=True)
 
 

@@ -75,49 +75,6 @@ def own_text(run) -> tuple[list[list[int]], list[range]]:
     return rows, counted
 
 
-def show(console, record: dict, lines: list[tuple]) -> None:
-    """Print the record's table: a column for each seed, their mean and range, and the published numbers.
-
-    lines: (label, a value for each seed, published value or None). A value is a number or
-    `{"mean", "low", "high"}`.
-    """
-    from rich import box
-    from rich.table import Table
-
-    params, seeds, theirs = record["params"], record["params"]["seeds"], record["published"].get("model")
-    but = f" but {', '.join(params['released'])}" if params["released"] else ""
-    cells = [["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]]
-    cells[0] += [f"published, {theirs}"] if theirs else []
-    for label, values, published in lines:
-        points = [value["mean"] if isinstance(value, dict) else value for value in values]
-        over = [f"{number(sum(points) / len(points))} ({number(min(points))}, {number(max(points))})"]
-        beside = ["" if published is None else number(published)]
-        cells.append([label, *map(cell, values), *(over if len(seeds) > 1 else []), *(beside if theirs else [])])
-    table = Table(
-        *cells[0], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
-        title=f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{but}",
-    )  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in cells[1:]:
-        table.add_row(*row)
-    # Wide enough for every cell: rich would cut numbers off on a narrow screen.
-    console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)))
-    console.print(table)
-
-
-def number(value: float) -> str:
-    """`51.42`, `0.9999`, `0.228`, `5.5e-05`."""
-    return f"{value:.4g}" if abs(value) >= 0.999 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
-
-
-def cell(value) -> str:
-    """`51.42`, or `0.228 [0.19, 0.39]` for a value with its interval or range."""
-    if not isinstance(value, dict):
-        return number(value)
-    return f"{number(value['mean'])} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
 def percent(mask) -> float:
     """How much of a bool tensor is true, in %."""
     return 100 * float(mask.double().mean())

@@ -2,6 +2,8 @@
 
 import math
 
+from lib.errors import UserError
+
 # Yang tables 2 and 19: condition -> model -> (toxicity, log-perplexity, F1). Perplexity was measured with the edit at
 # position 0 alone. Table 19 repeats Mistral's DPO row as 0.221 / 2.01 / 0.233.
 PATCHING = {
@@ -218,3 +220,45 @@ def lee(condition: str) -> dict:
 def counterpart(model: str) -> str | None:
     """The model whose published numbers stand beside ours: itself, or its nearest relative; None for any other."""
     return model if model in PROBE_ACCURACY else COUNTERPART.get(model)
+
+
+def published_row(condition: str, kind: str, model: str) -> dict:
+    """`{"published": ...}` for a condition of Yang tables 2 and 19, or nothing; the papers' edits are clamps."""
+    theirs = counterpart(model)
+    if kind not in {"none", "clamp"} or theirs not in PUBLISHED.get(condition, {}):
+        return {}
+    toxicity, log_ppl, f1 = PUBLISHED[condition][theirs]
+    return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}
+
+
+def steering_scales(model: str, vector: str) -> list[float]:
+    """The papers' scales of a steering vector. Raises UserError where they give none."""
+    scales = set(STEERING.get(model, {})) if vector == "probe" else set()
+    if model == "gpt2" and vector in LEE_SCALES:
+        scales.add(LEE_SCALES[vector])
+    if not scales:
+        raise UserError(
+            f"--alpha published: the papers give none for {vector} of {model}; give numbers, or leave it out."
+        )
+    return sorted(map(float, scales))
+
+
+def lee_steering(condition: str, kind: str) -> dict:
+    """`{"published": ...}` for a condition of steer.py from Lee table 2, or nothing."""
+    for vector, scale in LEE_SCALES.items():
+        label = "steer" if vector == "probe" else f"steer {vector}"
+        if condition in (f"{label} alpha*", f"{label} a={scale}"):
+            return lee(f"steer {vector}")
+    return lee(condition)
+
+
+def yang_steering(model: str, condition: str, kind: str) -> dict:
+    """`{"published": ...}` for a condition of steer.py from Yang tables 2 and 12, or nothing."""
+    theirs = counterpart(model)
+    rows = {f"steer a={alpha:g}": numbers for alpha, numbers in STEERING.get(theirs, {}).items()}
+    if rows:
+        rows["steer alpha*"] = next(iter(rows.values()))  # the alpha that table 11 chose to keep perplexity
+    if condition not in rows:
+        return published_row(condition, kind, model)
+    toxicity, log_ppl, f1 = rows[condition]
+    return {"published": {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}}

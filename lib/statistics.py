@@ -1,5 +1,8 @@
 """Percentile bootstrap intervals over prompts (or passages); conditions share their resamples, so differences pair."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 RESAMPLES = 10_000
@@ -46,3 +49,25 @@ def interval(point: float, resampled: np.ndarray) -> dict[str, float]:
     """The point and the percentiles that leave (100 - LEVEL) / 2 % on each side."""
     low, high = np.percentile(resampled, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return {"mean": float(point), "low": float(low), "high": float(high)}
+
+
+def largest_within(cost: Callable[[float], float], limit: float, start: float, steps: int) -> float:
+    """The largest x whose `cost` does not pass the limit, for a cost that grows with x.
+
+    Doubling or halving brackets it, `steps` bisections of log x follow. A cost that stays below the limit up to a
+    million times `start` gives that x.
+    """
+    low = high = start
+    while cost(high) <= limit:
+        if high > 1e6 * start:  # nothing notices it
+            return high
+        high *= 2
+    if high == start:
+        while cost(low) > limit:
+            low /= 2
+    else:
+        low = high / 2
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    return low

@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
-from lib.models import FAMILIES, reach, value_vectors, write_gain
-from lib.neurons import top
+from lib.models import FAMILIES, parse_neuron, reach, value_vectors, write_gain
+from lib.neurons import top, value_projections
 from lib.probes import Probe
 from lib.protocol import Protocol
+
+SPANNED = {"sound": (128, None), "faithful": (512, 100)}  # best value vectors of an SVD; of each layer at most (Lee)
 
 
 def read_words(given: str | None, option: str) -> list[str]:
@@ -53,6 +55,38 @@ def mean_row(table: torch.Tensor, tokenizer, words: list[str]) -> torch.Tensor:
     """Mean over words of the mean over each word's sub-tokens, `[d_model]` float64. table `[vocab, d_model]`."""
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     return torch.stack([table[row].detach().cpu().double().mean(0) for row in ids]).mean(0)
+
+
+def named(module, name: str, probe: Probe, seed: int, protocol: str, written: bool) -> Probe:
+    """A direction by its name, with its own length, `[d_model]`.
+
+    Args:
+        name: `probe`; `random`, by the seed; `value:L19.N770`, a value vector; `value`, that best aligned with the
+            probe; `svd:0`, a direction of the best aligned value vectors' SVD.
+        protocol: `sound` or `faithful`; how many vectors SVD takes (SPANNED).
+        written: value vectors as the residual stream sees them, through Gemma's norm; else raw rows.
+
+    Raises:
+        UserError: no such neuron or direction.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "probe":
+        return probe
+    if kind == "random":
+        return Probe(torch.randn(probe.direction.shape, generator=torch.Generator().manual_seed(seed)), 0.0)
+    _, cosine = value_projections(module, probe, through_norm=written)
+    if kind == "value":
+        if rest:
+            layer, index = parse_neuron(rest, *cosine.shape, f"--vector {name}")
+        else:
+            layer, index = divmod(int(cosine.argmax()), cosine.shape[1])
+        row = value_vectors(module, layer)[index]
+        return Probe((row * write_gain(module, layer) if written else row).cpu(), 0.0)
+    n, per_layer = SPANNED[protocol]
+    rows = unit_vectors(module, ranked(cosine, per_layer)[:n], written)
+    if int(rest) >= min(rows.shape):
+        raise UserError(f"--vector {name}: {len(rows)} value vectors have directions 0 to {min(rows.shape) - 1}.")
+    return Probe(subspace(rows, int(rest) + 1)[0][int(rest)].float(), 0.0)
 
 
 def ranked(cosine: torch.Tensor, per_layer: int | None = None) -> torch.Tensor:

@@ -102,21 +102,6 @@ def test_the_trace_can_be_shipped(begun):
         assert torch.equal(found, expected)
 
 
-def test_parameters_by_hand():
-    base = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 1, bias=False), "embed": torch.nn.Linear(1, 1, bias=False)})
-    post = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 1, bias=False), "embed": torch.nn.Linear(1, 1, bias=False)})
-    with torch.no_grad():
-        base["mlp"].weight[:] = torch.tensor([[3.0, 4.0]])
-        post["mlp"].weight[:] = torch.tensor([[4.0, 3.0]])
-        base["embed"].weight[:] = post["embed"].weight[:] = 2.0
-    found = script.parameters(base, post)
-    assert found["MLP"] == {
-        "entries": 2, "lowest_cosine": pytest.approx(24 / 25), "mean_change": 1.0,
-        "relative_change": pytest.approx(2**0.5 / 5),
-    }  # fmt: skip
-    assert found["embedding"]["lowest_cosine"] == 1 and found["embedding"]["relative_change"] == 0
-
-
 def test_the_script(inputs, tmp_path):  # noqa: F811
     options = [*arguments({**inputs, "--out": tmp_path / "out"}), "--neurons", "L2.N7,L1.N3"]
     done = run("experiments/residual_shift.py", *options, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))

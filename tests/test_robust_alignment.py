@@ -1,10 +1,8 @@
-"""robust_alignment.py: shares by hand, sizes of changes, and the script with every kind of variant."""
+"""robust_alignment.py: shares by hand, and the script with every kind of variant."""
 
 import json
 
-import numpy as np
 import pytest
-import torch
 from conftest import ROOT, load_script, run, write_lines
 from test_cli import inputs  # noqa: F401  a fixture
 from test_dpo_training import PAIRS
@@ -30,24 +28,15 @@ def test_the_share_that_comes_back_by_hand():
     for (name, kind), level in levels.items():
         Run.measured[Condition(name, kind)] = {"toxicity": [level] * 4, "continuations": []}
     Run.measured[Condition("control:random", "keys", "dpo un-aligned")] = {"toxicity": [0.26] * 4, "continuations": []}
-    size = [{"entries": 4, "relative_change": 0.1}, {"entries": 6, "relative_change": 0.3}]
+    size = [{"changed": 4, "relative_change": 0.1}, {"changed": 6, "relative_change": 0.3}]
     plain, late, nothing = script.robustness(Run, {"dpo": size, "late:1": size, "biases": size})
-    assert plain["entries"] == 5 and plain["relative_change"] == pytest.approx(0.2)
+    assert plain["changed"] == 5 and plain["relative_change"] == pytest.approx(0.2)
     assert plain["percent_cut"] == pytest.approx(75) and late["percent_cut"] == pytest.approx(50)
     assert plain["percent_restored"]["mean"] == pytest.approx(50) == 50 + plain["restored_minus_dpo"]["mean"]
     assert plain["percent_restored_random"]["mean"] == pytest.approx(10)
     assert late["percent_restored"]["mean"] == pytest.approx(25)
     assert [late["restored_minus_dpo"][key] for key in ("mean", "low", "high")] == pytest.approx([-25] * 3)
     assert "percent_restored" not in nothing and nothing["percent_cut"] == 0
-
-
-def test_change_by_hand():
-    base, post = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=True)
-    with torch.no_grad():
-        base.weight[:] = torch.tensor([[3.0, 4.0]])
-        post.weight[:] = torch.tensor([[3.0, 4.5]])
-        post.bias[:] = 0.5  # an added bias starts at 0
-    assert script.change(base, post) == {"entries": 2, "relative_change": pytest.approx(np.sqrt(0.5) / 5)}
 
 
 def test_the_script(inputs, tmp_path):  # noqa: F811
@@ -62,8 +51,8 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     variants = {row["variant"]: row for row in record["robustness"]}
     assert list(variants) == ["dpo", "biases", "late:1", "values:4", "keys:4", "lora:2"]
-    assert variants["values:4"]["entries"] == variants["keys:4"]["entries"] == 4 * 32
-    assert variants["biases"]["entries"] == 3 * 32 < variants["late:1"]["entries"] < variants["dpo"]["entries"]
+    assert variants["values:4"]["changed"] == variants["keys:4"]["changed"] == 4 * 32
+    assert variants["biases"]["changed"] == 3 * 32 < variants["late:1"]["changed"] < variants["dpo"]["changed"]
     conditions = {row["condition"] for row in record["rows"] if not row["of"]}
     assert {f"{name}{more}" for name in variants for more in ("", " un-aligned")} | {"none"} == conditions
     assert (tmp_path / "out" / "figures" / "robustness.png").stat().st_size > 5000

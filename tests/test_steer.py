@@ -5,17 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, load_script, run, texts
+from conftest import FAMILIES, ROOT, WIDTH, load_script, run, texts
 from test_cli import inputs  # noqa: F401  a fixture
 from test_traces import left_batch, raw_generate, raw_nll
 
-from lib.errors import UserError
 from lib.generation import right_padded, windows
 from lib.interventions import NO_EDIT
 from lib.models import FAMILIES as KINDS
-from lib.models import reach, value_vectors, write_gain
-from lib.probes import Probe
-from lib.protocol import PROTOCOLS
+from lib.models import reach
 
 script = load_script("steer")
 ALL, LAST = slice(None), slice(-1, None)
@@ -108,55 +105,6 @@ def test_the_search_keeps_perplexity_within_its_factor(inputs, tmp_path, tiny): 
     limit = log_perplexity(0 * direction) + math.log(factor)
     assert found["steer alpha*"]["log_ppl"] <= limit + 1e-5
     assert log_perplexity(alpha * direction) <= limit + 1e-5 < log_perplexity(1.1 * alpha * direction)
-
-
-class Run:
-    """What `make_vector` looks at of an experiment."""
-
-    def __init__(self, base, protocol):
-        self.base, self.protocol, self.options = base, PROTOCOLS[protocol], {"protocol": protocol, "model": "gpt2"}
-
-
-class Stage:
-    seed = 0
-
-    def __init__(self):
-        self.probe = Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(4)), 0.0)
-
-
-@pytest.mark.parametrize("protocol", ["sound", "faithful"])
-def test_vectors_from_raw_weights(family, raw, traced, protocol):
-    """A named value vector and the best aligned one, seen as the protocol says; SVD up to sign; random by seed."""
-    run, stage = Run(traced(family), protocol), Stage()
-    rows = torch.cat([value_vectors(raw, at).double() for at in range(LAYERS)])
-    seen = rows
-    if protocol == "sound":
-        seen = torch.cat([value_vectors(raw, at).double() * write_gain(raw, at).double() for at in range(LAYERS)])
-    named = script.make_vector(run, stage, "value:L2.N7").direction.double()
-    torch.testing.assert_close(named, seen[2 * NEURONS + 7], rtol=1e-5, atol=1e-6)
-    best = torch.nn.functional.cosine_similarity(seen, stage.probe.direction.double()[None]).argmax()
-    torch.testing.assert_close(
-        script.make_vector(run, stage, "value").direction.double(), seen[best], rtol=1e-5, atol=1e-6
-    )
-    cosine = torch.nn.functional.cosine_similarity(seen, stage.probe.direction.double()[None])
-    chosen = seen[cosine.argsort(descending=True)[: script.SPANNED[protocol][0]]]
-    expected = torch.linalg.svd(chosen / chosen.norm(dim=1, keepdim=True)).Vh[1]
-    found = script.make_vector(run, stage, "svd:1").direction.double()
-    assert abs(float(found @ expected)) == pytest.approx(1, abs=1e-4)
-    random = script.make_vector(run, stage, "random").direction
-    assert torch.equal(random, script.make_vector(run, stage, "random").direction)
-    assert script.make_vector(run, stage, "probe") is stage.probe
-    for name, says in (("value:L3.N0", "layers 0 to 2"), ("value:19", "no neuron"), ("svd:32", "directions 0 to 31")):
-        with pytest.raises(UserError, match=says):
-            script.make_vector(run, stage, name)
-
-
-def test_published_scales(traced):
-    run = Run(traced("gpt2"), "faithful")
-    assert script.published_alphas(run, "value:L19.N770") == [20] and script.published_alphas(run, "svd:0") == [100]
-    assert script.published_alphas(run, "probe") == [30, 40, 50]
-    with pytest.raises(UserError, match="give numbers"):
-        script.published_alphas(run, "random")
 
 
 def test_the_next_tokens(family, traced, raw):
