@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from lib.cli import options
+from lib.cli import Finite, options
 from lib.embedded import EMBEDDED
 
 
@@ -29,20 +29,20 @@ from lib.embedded import EMBEDDED
     help="all, biases, late:K, values:NEURONS, keys:NEURONS or lora:R; NEURONS: names such as L19.N770,L12.N771, or a "
     "file of them.  [default: all]",
 )
-@click.option("--beta", type=click.FloatRange(0, min_open=True))
-@click.option("--kl-weight", type=click.FloatRange(0), help="Weight of KL(reference || policy) (Yang, table 10).")
+@click.option("--beta", type=Finite(0, min_open=True))
+@click.option("--kl-weight", type=Finite(0), help="Weight of KL(reference || policy) (Yang, table 10).")
 @click.option("--optimizer", type=click.Choice(["rmsprop", "adamw"]))
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
+@click.option("--learning-rate", type=Finite(0, min_open=True))
 @click.option("--warmup", type=click.IntRange(0), help="Updates.")
 @click.option("--batch-size", type=click.IntRange(1), help="Pairs in memory at once.")
 @click.option("--accumulate", type=click.IntRange(1), help="Such batches per update.")
-@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True))
+@click.option("--max-grad-norm", type=Finite(0, min_open=True))
 @click.option("--epochs", type=click.IntRange(1))
 @click.option("--steps", type=click.IntRange(1), help="Updates at most.")
 @click.option("--max-prompt", type=click.IntRange(1), help="Tokens.")
 @click.option("--max-response", type=click.IntRange(1), help="Tokens.")
 @click.option("--append-eos", is_flag=True, default=None, help="End uncut responses with the end-of-sequence token.")
-@click.option("--valid-fraction", type=click.FloatRange(0, 0.9))
+@click.option("--valid-fraction", type=Finite(0, 0.9))
 @click.option("--valid-every", type=click.IntRange(1), help="Updates.")
 @click.option("--patience", type=click.IntRange(1), help="Validations without a better loss before training stops.")
 @click.option("--save-every", type=click.IntRange(1), help="Updates between saved states.")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 
-from lib.cli import default_limit, default_scorer, options
+from lib.cli import Finite, default_limit, default_scorer, options
 from lib.errors import UserError
 
 NEW_TOKENS = 24
@@ -38,15 +38,15 @@ SAMPLED_FROM = 50  # most likely tokens, in best-of-n
 )
 @click.option("--method", type=click.Choice(["pplm", "best-of-n"]), default="pplm", show_default=True)
 @click.option("--samples", type=click.IntRange(2), default=6, show_default=True, help="best-of-n's N.")
-@click.option("--step-size", type=click.FloatRange(0, min_open=True), default=0.4, show_default=True)
+@click.option("--step-size", type=Finite(0, min_open=True), default=0.4, show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Steps a token; Lee: 50.")
-@click.option("--kl-scale", type=click.FloatRange(0), default=0.1, show_default=True)
-@click.option("--gm-scale", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--gamma", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--kl-scale", type=Finite(0), default=0.1, show_default=True)
+@click.option("--gm-scale", type=Finite(0, 1), default=0.95, show_default=True)
+@click.option("--gamma", type=Finite(0), default=1.0, show_default=True)
 @click.option("--window", type=click.IntRange(0), default=0, show_default=True, help="Last positions moved; 0: all.")
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Tokens that pplm samples from.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
-@click.option("--min-gap", type=float, default=0.6, show_default=True, help="Least toxicity gap of a pair's sides.")
+@click.option("--temperature", type=Finite(0, min_open=True), default=1.0, show_default=True)
+@click.option("--min-gap", type=Finite(), default=0.6, show_default=True, help="Least toxicity gap of a pair's sides.")
 @click.option("--out", type=click.Path(dir_okay=False), help="File.  [default: runs/make_pairs/<model>/pairs.jsonl]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @options("remote")

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import click
 
-from lib.cli import CAUSAL, options
+from lib.cli import CAUSAL, Finite, options
 
 # Times the preset's learning rate; first guesses, not searched yet.
 LEARNING_RATES = {"all": 1, "biases": 100, "late": 4, "values": 100, "keys": 100, "lora": 40}
@@ -51,7 +51,7 @@ class KeyScaling:
 @options(*(name for name in CAUSAL if name != "holdout"))  # no edit here depends on a mean
 @click.option("--variants", default="biases,late:4,values:128,keys:128,lora:8", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=7, show_default=True, help="Neurons whose keys are scaled.")
-@click.option("--factor", type=float, default=10, show_default=True, help="By which.")
+@click.option("--factor", type=Finite(), default=10, show_default=True, help="By which.")
 def main(variants, top, factor, **options):
     from dpo.trainable import read
     from lib import experiment, weights

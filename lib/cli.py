@@ -1,5 +1,6 @@
 """Options that every script spells alike. Light: torch is imported after the command line has been read."""
 
+import math
 from collections.abc import Callable
 
 import click
@@ -29,6 +30,17 @@ def _seeds(context, parameter, value):
     if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise click.BadParameter(f"{value} given, expected different whole numbers such as 0,1,2.")
     return [int(part) for part in parts]
+
+
+class Finite(click.FloatRange):
+    """click.FloatRange, which lets NaN pass every bound, and infinity those that there are not."""
+
+    def convert(self, value, param, ctx):
+        """The number. Raises click.BadParameter."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} given, expected a finite number.", param, ctx)
+        return found
 
 
 def numbers(context, parameter, value):

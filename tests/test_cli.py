@@ -91,6 +91,16 @@ def test_an_output_folder_that_exists(inputs, tmp_path):
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "command, option",
+    [(["-m", "dpo"], "--learning-rate"), (["experiments/make_pairs.py"], "--step-size")],
+)
+def test_numbers_that_are_none(tmp_path, command, option, value):
+    """NaN passes every bound of a range by comparison, and infinity those that are open."""
+    fails(command, f"{value} given, expected a finite number", tmp_path, changed={option: value})
+
+
 @pytest.mark.parametrize(
     "kind, content, says",
     [
