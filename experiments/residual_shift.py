@@ -54,10 +54,9 @@ def main(top, neurons, **options):
 
 def best(run, stage, top: int) -> list[tuple[int, int]]:
     """The neurons whose value vectors align best with the probe, as (layer, index)."""
-    from lib import neurons, vectors
+    from lib import vectors
 
-    written = run.protocol.value_vectors == "written"
-    _, cosine = neurons.value_projections(run.base._module, stage.probe, through_norm=written)
+    cosine = run.cosines(stage.probe)
     return [divmod(int(at), cosine.shape[1]) for at in vectors.ranked(cosine)[:top]]
 
 

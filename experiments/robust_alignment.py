@@ -13,18 +13,20 @@ keys:N          their key vectors
 lora:R          low-rank adapters of rank R
 
 A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES, times the
-preset's). What un-aligning brings back is a share of what that variant cut, and stands beside the share of plain DPO,
-with intervals over prompts. Claim that a variant is harder to undo only with several --seeds, and look at its cut too:
-a variant that cut little has little to give back. `--controls quick` scales the keys of as many random neurons in every
-variant.
+preset's); `--search` looks for the one with the lowest validation loss, from there in threefold steps. What
+un-aligning brings back is a share of what that variant cut, and stands beside the share of plain DPO, with intervals
+over prompts. Claim that a variant is harder to undo only with several --seeds, and look at its cut too: a variant that
+cut little has little to give back. `--controls quick` scales the keys of as many random neurons in every variant.
 
 Needs a probe, made when missing or given (--probe), and DPO checkpoints, made when missing. Writes run.json,
 generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/robust_alignment/<model>/.
 
     python experiments/robust_alignment.py
+    python experiments/robust_alignment.py --model gpt2 --search
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -52,7 +54,8 @@ class KeyScaling:
 @click.option("--variants", default="biases,late:4,values:128,keys:128,lora:8", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=7, show_default=True, help="Neurons whose keys are scaled.")
 @click.option("--factor", type=Finite(), default=10, show_default=True, help="By which.")
-def main(variants, top, factor, **options):
+@click.option("--search", is_flag=True, help="Search each variant's learning rate by validation loss (first seed).")
+def main(variants, top, factor, search, **options):
     from dpo.trainable import read
     from lib import experiment, weights
     from lib.interventions import NO_EDIT
@@ -63,12 +66,15 @@ def main(variants, top, factor, **options):
         raise click.BadParameter("every variant is trained here; leave it out.", param_hint="--post")
     for name in names[1:]:
         read(name)
-    given = {**options, "variants": names, "top": top, "factor": factor, "holdout": False}
+    given = {**options, "variants": names, "top": top, "factor": factor, "search": search, "holdout": False}
     with experiment.begin("robust_alignment", given) as run:
-        sizes = {}
+        sizes, tried = {}, {}
         for stage in run.stages(means=False):
-            sources = {"all": run.artifacts_of[stage.seed][1]}  # all are trained before the first is measured
-            sources |= {name: trained(run, stage, name) for name in names[1:]}
+            if not tried:
+                tried = {name: rates(run, stage, name, search) for name in names[1:]}
+            # All are trained before the first is measured.
+            sources = {name: trained(run, stage, name, min(tried[name], key=tried[name].get)) for name in names[1:]}
+            sources = {"all": run.artifacts_of[stage.seed][1], **sources}
             for name, source in sources.items():
                 model = stage.post if name == "all" else load_like(run.base, source, run.device, run.options["dtype"])
                 label = "dpo" if name == "all" else name
@@ -76,19 +82,52 @@ def main(variants, top, factor, **options):
                 edits = {} if name == "all" else {stage.condition(name, "none"): NO_EDIT}
                 edits |= unaligned(run, stage, label, top, factor)
                 run.measure(stage, edits, generate, negative_log_likelihood, on=(model, source))
-        record = write(run, sizes)
+        record = write(run, sizes, tried)
     run.report(record, ("none", "dpo", *names[1:]), lambda console: report(console, record))
 
 
-def trained(run, stage, name: str):
-    """The checkpoint of a variant, trained when missing. Raises click's exit code of the trainer for a wrong name."""
+def rates(run, stage, name: str, search: bool) -> dict[float, float]:
+    """Learning rates and the validation losses that a variant reaches with them; one alone without a search."""
+    import json
+    import math
+
     from dpo.config import default_preset, make_config
+
+    model = run.options["model"]
+    first = make_config(default_preset(model), model).learning_rate * LEARNING_RATES.get(name.partition(":")[0], 1)
+    tried = {}
+
+    def loss(steps: int) -> float:
+        rate = float(f"{first * 3.0**steps:.3g}")
+        if rate not in tried:
+            try:
+                source = trained(run, stage, name, rate)
+            except click.exceptions.Exit:  # of the trainer, which has said what was wrong
+                if not steps:
+                    raise
+                tried[rate] = math.inf
+            else:
+                log = Path(source.adapter or source.path) / "training.json"
+                tried[rate] = json.loads(log.read_text(encoding="utf-8"))["best_valid_loss"] or math.inf
+        return tried[rate]
+
+    loss(0)
+    for way in (1, -1) if search else ():
+        at = 0
+        while loss(at + way) < loss(at):
+            at += way
+        if at:
+            break
+    return tried
+
+
+def trained(run, stage, name: str, rate: float):
+    """The checkpoint of a variant, trained when missing. Raises click's exit code of the trainer for a wrong name."""
     from lib import chain
 
-    model, (part, _, rest) = run.options["model"], name.partition(":")
+    part, _, rest = name.partition(":")
     if part in ("values", "keys") and rest.isdecimal():
         name = f"{part}:{','.join(best(run, stage.probe, int(rest)))}"
-    rate = make_config(default_preset(model), model).learning_rate * LEARNING_RATES.get(part, 1)
     return chain.post_source(run.options, stage.seed, "--trainable", name, "--learning-rate", f"{rate:g}")
 
 
@@ -96,16 +135,8 @@ def best(run, probe, count: int) -> list[str]:
     """Names of the neurons whose value vectors align best with the probe."""
     from lib import vectors
 
-    cosine = cosines(run, probe)
+    cosine = run.cosines(probe)
     return [f"L{at // cosine.shape[1]}.N{at % cosine.shape[1]}" for at in vectors.ranked(cosine)[:count].tolist()]
-
-
-def cosines(run, probe):
-    """Cosine of every value vector of the base model with the probe, `[n_layers, d_mlp]`."""
-    from lib import neurons
-
-    written = run.protocol.value_vectors == "written"
-    return neurons.value_projections(run.base._module, probe, through_norm=written)[1]
 
 
 def unaligned(run, stage, label: str, top: int, factor: float) -> dict:
@@ -114,7 +145,7 @@ def unaligned(run, stage, label: str, top: int, factor: float) -> dict:
 
     from lib import controls, neurons
 
-    mask = neurons.top(cosines(run, stage.probe), top)
+    mask = neurons.top(run.cosines(stage.probe), top)
     name = f"{label} un-aligned"
     edits = {stage.condition(name, "keys"): scaling(mask, factor)}
     for draw in run.draws(stage):
@@ -199,14 +230,19 @@ def robustness(run, sizes: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def write(run, sizes: dict[str, list[dict]]) -> dict:
+def write(run, sizes: dict[str, list[dict]], tried: dict[str, dict]) -> dict:
     """The record and the figure."""
+    import math
+
     from lib import paper, plots
 
     def published(condition: str, kind: str) -> dict:
         return paper.lee("unalign" if condition == "dpo un-aligned" else condition)
 
-    record = run.finish(published, robustness=robustness(run, sizes))
+    losses = {
+        name: {f"{rate:g}": loss for rate, loss in found.items() if loss < math.inf} for name, found in tried.items()
+    }
+    record = run.finish(published, robustness=robustness(run, sizes), validation_loss_by_learning_rate=losses)
     plots.robustness(record["robustness"], record["rows"], run.work / "figures" / "robustness.png")
     return record
 

@@ -31,7 +31,6 @@ from lib.cli import options
 from lib.observation import OPTIONS, percent, spread
 
 K = 3  # directions (appendix G)
-PER_LAYER = 100  # of Lee's released code
 DRAWS = 20  # of random directions, and of sets of random neurons
 INDEPENDENT = 75.0  # %: three independent signs are not all alike
 
@@ -40,9 +39,9 @@ INDEPENDENT = 75.0  # %: three independent signs are not all alike
 @options(*OPTIONS, "raw-text")
 @click.option("--top", type=click.IntRange(2 * K), help="Value vectors.  [default: 128, or 512 with faithful]")
 def main(top, **options):
-    from lib import observation
+    from lib import observation, vectors
 
-    top = top or (512 if options["protocol"] == "faithful" else 128)
+    top = top or vectors.SPANNED[options["protocol"]][0]
     with observation.begin("toxic_subspace", options) as run:
         measured = [measure(run, stage, top) for stage in run.stages()]
         record = write(run, [row for row, _ in measured], measured[0][1])
@@ -57,7 +56,7 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
 
     base, written = run.base._module, run.protocol.value_vectors == "written"
     _, cosine = neurons.value_projections(base, stage.probe, through_norm=written)
-    order = vectors.ranked(cosine, PER_LAYER if run.options["protocol"] == "faithful" else None)
+    order = vectors.ranked(cosine, vectors.SPANNED[run.options["protocol"]][1])
     top = min(top, len(order))
     sizes = sorted({top // 2, top, min(2 * top, len(order))})
     generator = torch.Generator().manual_seed(stage.seed)

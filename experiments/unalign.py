@@ -63,7 +63,7 @@ def main(top, factor, **options):
         kinds = [kind for kind in KINDS if kind != "keys and bias" or has_bias(run.base._module)]
         norms = controls.value_norms(run.base)
         for stage in run.stages():
-            cosine = cosines(run, stage.probe)
+            cosine = run.cosines(stage.probe)
             edits = {}
             for count in top:
                 mask = neurons.top(cosine, count)
@@ -95,14 +95,6 @@ def has_bias(module) -> bool:
     return reach(reach(module, kind.layers)[0], kind.key).bias is not None
 
 
-def cosines(run, probe):
-    """Cosine of every value vector with a direction, `[n_layers, d_mlp]`."""
-    from lib import neurons
-
-    written = run.protocol.value_vectors == "written"
-    return neurons.value_projections(run.base._module, probe, through_norm=written)[1]
-
-
 def scaling(kind: str, mask, factor: float) -> KeyScaling:
     """The edit of the masked neurons, `[n_layers, d_mlp]` bool."""
     indices = [row.nonzero()[:, 0] for row in mask]
@@ -131,7 +123,7 @@ def controlled(run, stage, mask, count: int, factor: float, features: list) -> d
         ):
             edits[condition(name, draw)] = scaling("keys", other, factor)
     for name, draw, probe in run.other_directions(stage):
-        edits[condition(name, draw)] = scaling("keys", neurons.top(cosines(run, probe), count), factor)
+        edits[condition(name, draw)] = scaling("keys", neurons.top(run.cosines(probe), count), factor)
     return edits
 
 

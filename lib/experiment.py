@@ -117,6 +117,14 @@ class Experiment:
                 after = self.fitting(partial(mean, post, post_source)) if post and means else None
                 yield Stage(seed, name, probe, probe_file, post, pre, after)
 
+    def cosines(self, direction: Probe) -> torch.Tensor:
+        """Cosine of each of the base model's value vectors with a direction, as the protocol sees them.
+
+        Returns: `[n_layers, d_mlp]` float64.
+        """
+        written = self.protocol.value_vectors == "written"
+        return neurons.value_projections(self.base._module, direction, through_norm=written)[1]
+
     def measure(
         self,
         stage: Stage,

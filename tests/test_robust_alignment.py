@@ -1,13 +1,16 @@
 """robust_alignment.py: shares by hand, and the script with every kind of variant."""
 
 import json
+import math
 
+import click
 import pytest
 from conftest import ROOT, load_script, run, write_lines
 from test_cli import inputs  # noqa: F401  a fixture
 from test_dpo_training import PAIRS
 
 from lib.experiment import Condition
+from lib.models import Source
 
 script = load_script("robust_alignment")
 
@@ -37,6 +40,30 @@ def test_the_share_that_comes_back_by_hand():
     assert late["percent_restored"]["mean"] == pytest.approx(25)
     assert [late["restored_minus_dpo"][key] for key in ("mean", "low", "high")] == pytest.approx([-25] * 3)
     assert "percent_restored" not in nothing and nothing["percent_cut"] == 0
+
+
+@pytest.mark.parametrize("best, visited", [(0, [0, 1, -1]), (2, [0, 1, 2, 3]), (-1, [0, 1, -1, -2])])
+def test_the_search_for_a_learning_rate(tmp_path, monkeypatch, best, visited):
+    """Threefold steps downhill from the table's rate; a neighbour that diverges counts as uphill."""
+    first = 1e-5 * script.LEARNING_RATES["biases"]  # of the preset for models other than the embedded ones
+
+    def trained(run, stage, name, rate):
+        steps = round(math.log(rate / first, 3))
+        if steps > 2:
+            raise click.exceptions.Exit(2)
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        (folder / "training.json").write_text(json.dumps({"best_valid_loss": 1 + abs(steps - best)}))
+        return Source(str(folder), str(folder), "")
+
+    monkeypatch.setattr(script, "trained", trained)
+    run = type("Run", (), {"options": {"model": "some/model"}})
+    assert list(script.rates(run, None, "biases", search=False)) == [pytest.approx(first)]
+    (tmp_path / "0" / "training.json").unlink()
+    (tmp_path / "0").rmdir()
+    tried = script.rates(run, None, "biases", search=True)
+    assert list(tried) == pytest.approx([first * 3.0**steps for steps in visited], rel=1e-2)
+    assert min(tried, key=tried.get) == pytest.approx(first * 3.0**best, rel=1e-2)
 
 
 def test_the_script(inputs, tmp_path):  # noqa: F811
