@@ -184,9 +184,10 @@ def write(run) -> dict:
 
 
 def restored(row: dict) -> dict | None:
-    """How much of what DPO cut an edit brings back, in %; None for what is no edit or has no share."""
+    """How much of what DPO cut an edit brings back, in %; None for what is no edit of the DPO model or has no share."""
     share = row["percent_of_dpo"]
-    if row["kind"] == "none" or share["mean"] is None or share["low"] is None:
+    elsewhere = row["kind"] == "none" or row["condition"] == "control:in_base_model"
+    if elsewhere or share["mean"] is None or share["low"] is None:
         return None
     return {"mean": 100 - share["mean"], "low": 100 - share["high"], "high": 100 - share["low"]}
 

@@ -94,9 +94,10 @@ def test_key_and_bias_differ(biased, family):
 
 
 def test_what_comes_back():
-    row = {"kind": "keys", "percent_of_dpo": {"mean": 30.0, "low": 10.0, "high": 45.0}}
+    row = {"condition": "unalign k=7 x10", "kind": "keys", "percent_of_dpo": {"mean": 30.0, "low": 10.0, "high": 45.0}}
     assert script.restored(row) == {"mean": 70, "low": 55, "high": 90}
     assert script.restored({**row, "kind": "none"}) is None
+    assert script.restored({**row, "condition": "control:in_base_model"}) is None
 
 
 def test_the_script(inputs, tmp_path):  # noqa: F811
