@@ -3,8 +3,8 @@
 The claims: every parameter keeps a cosine above 0.99 with itself; toxic value vectors stay, but their neurons fire
 less, because the residual stream before their MLP has moved by an offset (figures 3, 4, 6); and this offset is
 written by value vectors that moved against it and are multiplied by negative activations (figures 5, 7 to 10).
-Measured at the last position of each prompt, which both models read alike, for the layers of the --top best toxic
-neurons. What the paper does not have, and this adds:
+Measured at the last position of each prompt, which both models read alike, for the layers of the --top neurons that
+align best with the (first seed's) probe. What the paper does not have, and this adds:
 
 shared text   the toxic neurons' mean activations when both models read the base model's continuations
 contributions what really wrote the offset, along itself: MLPs by moved value vectors, MLPs by changed activations, and
@@ -40,10 +40,10 @@ def main(top, neurons, **options):
 
     with observation.begin("residual_shift", {**options, "top": top, "neurons": neurons}) as run:
         sizes = n_layers(run.base), d_mlp(run.base)
-        given = neurons and [parse_neuron(name, *sizes, "--neurons") for name in neurons.split(",")]
+        chosen = neurons and [parse_neuron(name, *sizes, "--neurons") for name in neurons.split(",")]
         rows = []
         for stage in run.stages():
-            chosen = given or best(run, stage, top)
+            chosen = chosen or best(run, stage, top)  # of the first seed's probe, in every seed's DPO model
             row, tensors = measure(run, stage, chosen)
             rows.append(row)
             if stage.seed == run.seeds[0]:
@@ -228,7 +228,7 @@ def report(run, record: dict) -> None:
     rows, lines = record["rows"], []
     for kind in rows[0]["parameters"]:
         found = [row["parameters"][kind] for row in rows]
-        lines.append((f"{kind}: lowest cosine with itself", [one["lowest_cosine"] for one in found], None))
+        lines.append((f"{kind}: 1 - lowest cosine with itself", [1 - one["lowest_cosine"] for one in found], None))
         lines.append(("  mean |change| of an entry", [one["mean_change"] for one in found], None))
     for at, one in enumerate(rows[0]["neurons"]):
         lines.append(
@@ -239,9 +239,7 @@ def report(run, record: dict) -> None:
             lines.append((f"  before DPO, {text} text", [pair["pre"] for pair in pairs], None))
             lines.append((f"  after DPO, {text} text", [pair["post"] for pair in pairs], None))
     for layer in rows[0]["layers"]:
-        found = [row["layers"].get(layer) for row in rows]
-        if None in found:  # another seed's probe chose other layers
-            continue
+        found = [row["layers"][layer] for row in rows]
         lines.append((f"layer {layer}: offset / length of the stream", [one["relative_length"] for one in found], None))
         lines.append(("  prompts that move along the others' mean, %", [one["percent_along"] for one in found], None))
         for part in found[0]["contributions"]:
@@ -253,7 +251,10 @@ def report(run, record: dict) -> None:
             lines.append(("  activation and move of one sign, %", [one["percent_contributing"] for one in found], None))
     console = wide_console()
     show(console, record, lines)
-    console.print("Lee et al., GPT2-medium: cosines above 0.99, mean norm difference below 1e-5", markup=False)
+    console.print(
+        "Lee et al., GPT2-medium: 1 - cosine below 0.01, mean norm difference below 1e-5",
+        markup=False,
+    )
     console.print(f"Record, offsets and figures: {run.out}", soft_wrap=True)
 
 

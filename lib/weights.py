@@ -3,6 +3,7 @@
 import torch
 
 KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
+CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes
 
 
 def changes(base, post) -> dict[str, dict[str, float]]:
@@ -16,22 +17,25 @@ def changes(base, post) -> dict[str, dict[str, float]]:
     """
     before, sums = dict(base.named_parameters()), {}
     for name, parameter in post.named_parameters():
-        y = parameter.detach().flatten().cpu().float()
-        x = before[name].detach().flatten().cpu().float() if name in before else 0 * y
-        # One sum in float64 at a time: a float64 copy of an embedding would take gigabytes.
-        dot, xx, yy = (float((a * b).sum(dtype=torch.float64)) for a, b in ((x, y), (x, x), (y, y)))
-        moved = (y - x).abs()
+        y = parameter.detach().flatten()
+        x = before[name].detach().flatten() if name in before else torch.zeros_like(y)
+        found = dict.fromkeys(("n", "changed", "change", "squares", "own", "dot", "yy"), 0)
+        for first, second in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            first, second = first.cpu().double(), second.cpu().double()
+            moved = (second - first).abs()
+            found["n"] += len(first)
+            found["changed"] += int((moved != 0).sum())
+            found["change"] += float(moved.sum())
+            found["squares"] += float(moved @ moved)
+            found["own"] += float(first @ first)
+            found["dot"] += float(first @ second)
+            found["yy"] += float(second @ second)
+        lengths = (found["own"] * found["yy"]) ** 0.5
         for kind in ("all", _kind(name)):
-            one = sums.setdefault(
-                kind, {"lowest": 1.0, "n": 0, "changed": 0, "change": 0.0, "squares": 0.0, "own": 0.0}
-            )
-            if xx and yy:
-                one["lowest"] = min(one["lowest"], dot / (xx * yy) ** 0.5)
-            one["n"] += len(x)
-            one["changed"] += int((moved != 0).sum())
-            one["change"] += float(moved.sum(dtype=torch.float64))
-            one["squares"] += float(moved.square().sum(dtype=torch.float64))
-            one["own"] += xx
+            one = sums.setdefault(kind, dict.fromkeys(found, 0) | {"lowest": 1.0})
+            one |= {key: one[key] + found[key] for key in found}
+            if lengths:
+                one["lowest"] = min(one["lowest"], found["dot"] / lengths)
     return {
         kind: {
             "entries": one["n"],
