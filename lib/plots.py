@@ -506,6 +506,7 @@ def offset(before: np.ndarray, after: np.ndarray, m_before: np.ndarray, m_after:
         )  # fmt: skip
     figure.colorbar(shown, label=f"activation of {name}")
     axes.set_xlabel("projection on the mean shift of other prompts")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylabel("first principal component of the rest")
     axes.set_title(f"Streams before the MLP of {name} (cf. Lee et al. figure 4)", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
