@@ -145,7 +145,7 @@ def cell(value) -> str:
     """`51.42`, or `0.228 [0.19, 0.39]` for a value with its interval or range."""
     if not isinstance(value, dict):
         return number(value)
-    return f"{number(value['mean'])} [{value['low']:.2f}, {value['high']:.2f}]"
+    return f"{number(value['mean'])} [{number(value['low'])}, {number(value['high'])}]"
 
 
 def wide_console():
