@@ -106,7 +106,7 @@ def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: 
     """The edit of section 6.1: the share beta of each group, moved by alpha away from the direction."""
     from lib import interventions, neurons
 
-    cosine = run.cosines(direction)
+    _, cosine = neurons.value_projections(run.base._module, direction, run.protocol.value_vectors == "written")
     pre = stage.pre_means.activation
     by = "activation" if order == "activation" else run.protocol.beta_order
     mask = sum(neurons.select(neurons.groups(cosine, pre), cosine, pre, beta, by).values()).bool()
