@@ -164,15 +164,15 @@ def test_frozen_value_vectors_give_one_share_twice(begun, family, tiny, tmp_path
 
 def test_faithful_takes_the_best_of_each_layer(begun, tiny, monkeypatch):
     """With two a layer there are six: more are not taken, and the sizes in the record say so."""
-    monkeypatch.setattr(script, "PER_LAYER", 2)
+    monkeypatch.setitem(vectors.SPANNED, "faithful", (512, 2))
     run = begun("llama", tiny("llama", 1), **{"--protocol": "faithful"})
     (stage,) = run.stages()
     row, tensors = script.measure(run, stage, 512)
     unit = seen_rows(tiny("llama"), "llama", False)
     unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
     cosine = unit @ stage.probe.unit.numpy()
-    vectors = np.concatenate([unit[at][np.argsort(-cosine[at])[:2]] for at in range(LAYERS)])
-    overlap = np.abs(np.linalg.svd(vectors)[2][:3] @ tensors["directions"].numpy().T)
+    best = np.concatenate([unit[at][np.argsort(-cosine[at])[:2]] for at in range(LAYERS)])
+    overlap = np.abs(np.linalg.svd(best)[2][:3] @ tensors["directions"].numpy().T)
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-4)
     assert row["top"] == 6 and [step["vectors"] for step in row["stability"]] == [[3, 6]]
 
