@@ -12,6 +12,7 @@
 NEURONS: names such as `L19.N770,L12.N771`, or a file of them, one a line (toxic_vectors.py writes one).
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def read(given: str) -> str:
     if name not in ("values", "keys") or not rest:
         raise UserError(f"--trainable {given}: expected {CHOICES}.")
     try:
-        text = Path(rest).read_text(encoding="utf-8") if Path(rest).is_file() else rest.replace(",", " ")
+        text = Path(rest).read_text(encoding="utf-8") if os.path.isfile(rest) else rest.replace(",", " ")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--trainable {given}: not readable as UTF-8 text ({error}).") from error
     if not text.split():

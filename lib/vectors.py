@@ -1,5 +1,6 @@
 """Directions and what they mean: from words, from value vectors, by SVD, and read in the vocabulary (Lee 3.1, 3.2)."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def read_words(given: str | None, option: str) -> list[str]:
     if given is None:
         return []
     try:
-        text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given.replace(",", " ")
+        text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given.replace(",", " ")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {given}: not readable as UTF-8 text ({error}).") from error
     if not text.split():

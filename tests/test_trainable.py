@@ -181,6 +181,8 @@ def test_what_is_not_there_is_named(tiny, tmp_path):
         trainable.read(f"keys:{empty}")
     (tmp_path / "neurons.txt").write_text("L0.N1\nL2.N3\n")
     assert trainable.read(f"values:{tmp_path / 'neurons.txt'}") == "values:L0.N1,L2.N3"
+    many = ",".join(f"L0.N{index}" for index in range(1000))  # longer than a file's name may be
+    assert trainable.read(f"keys:{many}") == f"keys:{many}"
     for choice, message in (
         ("late:9", "3 layers"),
         ("keys:L0.N48", "neurons 0 to 47"),
