@@ -20,6 +20,7 @@ profanity) and figures/ to runs/logit_lens/<model>/.
 import click
 
 from lib.cli import options
+from lib.models import layers, mlp_norm, n_layers, unembed
 from lib.observation import OPTIONS
 
 HALVES = ("mid", "end")  # after attention, after the MLP
@@ -77,16 +78,14 @@ def measure(run, stage, verdict, ids: list[int] | None) -> tuple:
     """
     import torch
 
+    from lib import observation
     from lib.errors import UserError
-    from lib.generation import batches
 
-    base, remote = run.base, run.options["remote"] or False
-    parts, targets = {"pre": [], "post": []}, []
-    for batch in batches(base.tokenizer, run.prompts.items, run.batch_size, base.device):
-        target = next_tokens(base, batch, remote)
-        targets += target.tolist()
-        for name, model in (("pre", base), ("post", stage.post)):
-            parts[name].append(lens(model, batch, target, remote))
+    base, asked = run.base, observation.prompts_of(run)
+    chosen = next_tokens(base, asked, run.remote)
+    models = {"pre": base, "post": stage.post}
+    parts = {name: lens(model, list(zip(asked, chosen, strict=True)), run.remote) for name, model in models.items()}
+    targets = [i for part in chosen for i in part.tolist()]
     texts = [base.tokenizer.decode([i]) for i in targets]
     toxic = [i in ids for i in targets] if ids else (verdict(texts) > 0.5).tolist()
     if not any(toxic):
@@ -99,33 +98,48 @@ def measure(run, stage, verdict, ids: list[int] | None) -> tuple:
     return lines, {name: torch.cat(found, 1).T.double().numpy() for name, found in parts.items()}
 
 
-def next_tokens(model, batch: dict, remote=False):
-    """The most likely next token of each prompt, `[batch]`."""
-    with model.trace(batch, logits_to_keep=1, remote=remote):
-        tokens = model.output.logits[:, -1].argmax(-1).save()
-    return tokens
+def next_tokens(model, batches: list[dict], remote=False) -> list:
+    """The most likely next token of each prompt, `[batch]` of each batch."""
+    import nnsight
+
+    from lib.remote import session
+
+    with session(model, remote):
+        found = nnsight.save([])
+        for batch in batches:
+            with model.trace(batch, logits_to_keep=1):
+                tokens = model.output.logits[:, -1].argmax(-1)
+            found.append(tokens.cpu())
+    return found
 
 
-def lens(model, batch: dict, targets, remote=False):
-    """Probability of each prompt's target token at the embedding and each half-layer, `[1 + 2 n_layers, batch]`."""
+def lens(model, asked: list[tuple], remote=False) -> list:
+    """Probability of each prompt's target token at the embedding and each half-layer, `[1 + 2 n_layers, batch]` each.
+
+    asked: (batch, target tokens `[batch]`) pairs.
+    """
     import nnsight
     import torch
 
-    from lib.models import layers, mlp_norm, n_layers, unembed
+    from lib.remote import session
 
-    count = n_layers(model)
-    with model.trace(batch, logits_to_keep=1, remote=remote):
-        found = nnsight.save(torch.zeros(1 + 2 * count, len(targets)))
-        for half in range(1 + 2 * count):
-            layer = (half - 1) // 2
-            if half == 0:
-                stream = layers(model)[0].input
-            else:
-                stream = mlp_norm(model, layer).input if half % 2 else layers(model)[layer].output
-            logits = unembed(model, stream[:, -1])  # [batch, vocab]
-            chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0]
-            found[half] = (chosen - logits.logsumexp(-1)).exp().cpu()
-    return found
+    halves = 1 + 2 * n_layers(model)
+    with session(model, remote):
+        every = nnsight.save([])
+        for batch, targets in asked:
+            found = torch.zeros(halves, len(targets))
+            with model.trace(batch, logits_to_keep=1):
+                for half in range(halves):
+                    layer = (half - 1) // 2
+                    if half == 0:
+                        stream = layers(model)[0].input
+                    else:
+                        stream = mlp_norm(model, layer).input if half % 2 else layers(model)[layer].output
+                    logits = unembed(model, stream[:, -1])  # [batch, vocab]
+                    chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0]
+                    found[half] = (chosen - logits.logsumexp(-1)).exp().cpu()
+            every.append(found)
+    return every
 
 
 def summary(run, seed: int, lines: list[dict], probabilities: dict) -> dict:

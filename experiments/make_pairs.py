@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 
-from lib.cli import Finite, default_limit, default_scorer, options
+from lib.cli import REMOTE, Finite, default_limit, default_scorer, options
 from lib.errors import UserError
 
 NEW_TOKENS = 24
@@ -49,13 +49,13 @@ SAMPLED_FROM = 50  # most likely tokens, in best-of-n
 @click.option("--min-gap", type=Finite(), default=0.6, show_default=True, help="Least toxicity gap of a pair's sides.")
 @click.option("--out", type=click.Path(dir_okay=False), help="File.  [default: runs/make_pairs/<model>/pairs.jsonl]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-@options("remote")
+@options(*REMOTE)
 def main(method, samples, min_gap, prompts, out, overwrite, **options):
     from rich.console import Console
     from rich.progress import track
 
-    from lib import artifacts, chain, data, metrics, probes, results
-    from lib.models import load, resolve, short_name
+    from lib import artifacts, chain, data, metrics, probes, remote, results
+    from lib.models import MODELS, load, resolve, short_name
     from lib.pplm import PPLM
     from lib.protocol import SOUND
 
@@ -63,12 +63,13 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists; choose another file or add --overwrite.")
-    if options["remote"] and method == "pplm":
-        raise UserError("--remote: pplm needs gradients at every token; give --method best-of-n, or run it locally.")
     texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
     scored_by = default_scorer(name, options["scorer"])
     toxicity = metrics.scorer(scored_by)
-    source = resolve(name, options["revision"])
+    hosted = options["remote"] == "ndif"
+    source, server = resolve(name, options["revision"], weights=not hosted), remote.connect(options)
+    if hosted:
+        remote.report(server, MODELS.get(name, name))
     settings = {"model": source.revision, "prompts": texts.sha256, "method": method}
     settings |= {"scored_by": metrics.identity(scored_by), "seed": seed, "batch_size": batch_size}
     settings |= {name: options[name] for name in ("dtype", "device", "limit")}
@@ -76,13 +77,13 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
         pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
         probe_file = chain.probe_file(options, seed, SOUND)
         settings |= vars(pplm) | {"probe": artifacts.file_sha256(probe_file)}
-        network = load(source, options["device"], options["dtype"])
+        network = load(source, options["device"], options["dtype"], hosted)
         probe = probes.load_probe(probe_file, network._module.config.hidden_size)
-        make = partial(greedy_and_toxic, network, probe, pplm, seed)
+        make = partial(greedy_and_toxic, network, probe, pplm, seed, remote=server)
     else:
         settings["samples"], batch_size = samples, max(1, batch_size // samples)
-        network = load(source, options["device"], options["dtype"])
-        make = partial(least_and_most_toxic, network, samples, toxicity, seed, remote=options["remote"] or False)
+        network = load(source, options["device"], options["dtype"], hosted)
+        make = partial(least_and_most_toxic, network, samples, toxicity, seed, remote=server)
 
     unfinished = Path(f"{out}.partial")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +192,11 @@ def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict
     from transformers import LogitsProcessorList
 
     from lib.generation import batches, greedy
+    from lib.models import input_device
+    from lib.remote import session
 
     repeated = [prompt for prompt in asked.values() for _ in range(samples)]
-    (batch,) = batches(network.tokenizer, repeated, len(repeated), network.device)
+    (batch,) = batches(network.tokenizer, repeated, len(repeated), input_device(network))
     width, noise = batch["input_ids"].shape[1], gumbel(seed + min(asked), len(repeated), SAMPLED_FROM)
 
     def sample(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -201,10 +204,10 @@ def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict
         drawn = top + noise[:, ids.shape[1] - width, : top.shape[1]].to(top)
         return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(-1, tokens, drawn)
 
-    with network.generate(
-        batch, remote=remote, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([sample])
-    ) as tracer:
-        ids = tracer.result.save()
+    with session(network, remote):
+        with network.generate(batch, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([sample])) as tracer:
+            ids = tracer.result.save()
+    ids = ids.cpu()
     texts = decoded(network, ids[:, width:])
     scores = toxicity(texts)
     sides = []
@@ -222,18 +225,22 @@ def decoded(network, new) -> list[str]:
     return decode(network.tokenizer, until_end(new, end_ids(network)))
 
 
-def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str]):
+def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str], remote=False):
     """pplm: the greedy continuation of each prompt, and one that the probe's gradient steers. asked: as above."""
-    from lib.generation import batches, greedy
-    from lib.pplm import generate
+    import nnsight
 
-    (batch,) = batches(network.tokenizer, list(asked.values()), len(asked), network.device)
-    with network.generate(batch, **greedy(NEW_TOKENS)) as tracer:
-        ids = tracer.result.save()
-    preferred = decoded(network, ids[:, batch["input_ids"].shape[1] :])
-    rejected = decoded(
-        network, generate(network, probe, batch, pplm, gumbel(seed + min(asked), len(asked), pplm.top_k))
-    )
+    from lib.generation import batches, greedy
+    from lib.models import input_device
+    from lib.pplm import generate
+    from lib.remote import session
+
+    (batch,) = batches(network.tokenizer, list(asked.values()), len(asked), input_device(network))
+    noise = gumbel(seed + min(asked), len(asked), pplm.top_k)
+    with session(network, remote):
+        with network.generate(batch, **greedy(NEW_TOKENS)) as tracer:
+            ids = tracer.result.save()
+        toxic = nnsight.save(generate(network, probe, batch, pplm, noise))
+    preferred, rejected = decoded(network, ids[:, batch["input_ids"].shape[1] :]), decoded(network, toxic)
     return list(zip(preferred, rejected, strict=True))
 
 

@@ -25,6 +25,7 @@ activations.safetensors and figures/ to runs/opposing_effects/<model>/.
 import click
 
 from lib.cli import options
+from lib.models import value_vectors
 from lib.observation import OPTIONS, UNUSED, percent, spread
 
 DIRECTIONS = 20  # random ones
@@ -82,13 +83,14 @@ def measure(run, stage, text: tuple | None) -> tuple[dict, dict]:
     from lib import neurons
     from lib.errors import UserError
     from lib.probes import Probe
+    from lib.remote import at_weights
     from lib.statistics import Bootstrap
 
-    remote = run.options["remote"] or False
+    remote = run.remote
     models = ((run.base, run.source), (stage.post, run.artifacts_of[stage.seed][1]))
 
     def attribute(means, probe=stage.probe) -> dict:
-        found = neurons.attribute(run.base, stage.post, probe, *means, run.protocol)
+        found = neurons.attribute(run.base, stage.post, probe, *means, run.protocol, remote)
         return found | {"shift": found["pre"] - found["post"]}
 
     def of_half(which: int) -> dict:
@@ -109,7 +111,7 @@ def measure(run, stage, text: tuple | None) -> tuple[dict, dict]:
         "same_sign_halves": percent(one["delta"].sign() == other["delta"].sign()),
         "percent_negative": percent(found["pre"] < 0),
         **distribution(found["shift"]),
-        "lowest_value_cosine": lowest_value_cosine(run.base._module, stage.post._module),
+        "lowest_value_cosine": at_weights(lowest_value_cosine, stage.post, run.base, remote=remote),
         "layers": [sums(delta) for delta in found["delta"]],
     }
     pairs = {
@@ -163,11 +165,9 @@ def distribution(shift) -> dict:
     }
 
 
-def lowest_value_cosine(base, post) -> float:
-    """Lowest cosine of a value vector before and after DPO (Yang 5.1: 0.99 for all). base, post: torch models."""
+def lowest_value_cosine(post, base) -> float:
+    """Lowest cosine of a value vector before and after DPO (Yang 5.1: 0.99 for all). Models: torch or nnsight."""
     import torch
-
-    from lib.models import value_vectors
 
     pairs = ((value_vectors(base, at), value_vectors(post, at)) for at in range(base.config.num_hidden_layers))
     return min(float(torch.cosine_similarity(before.double(), after.double()).min()) for before, after in pairs)

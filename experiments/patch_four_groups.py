@@ -26,6 +26,9 @@ it was.
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import edited
+from lib.models import mlp_out
 
 TOP_N = 256  # Yang section 4
 GROUPS = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them
@@ -60,9 +63,9 @@ def main(order, strengths, sets, **options):
         raise UserError(f"--sets {','.join(sorted(unknown))}: unknown; known: {', '.join(names(order))}.")
 
     with experiment.begin(
-        "patch_four_groups", {**options, "order": order, "strengths": strengths, "sets": sets}
+        "patch_four_groups", {**options, "order": order, "strengths": strengths, "sets": sets}, means_suffice=True
     ) as run:
-        norms = controls.value_norms(run.base)
+        norms = run.at_weights(controls.value_norms)
         for stage in run.stages():
             found = attribute(run, stage)
             plans = make_plans(found, order)
@@ -91,7 +94,7 @@ def attribute(run, stage, probe=None) -> dict:
     from lib import neurons
 
     return neurons.attribute(
-        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol
+        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol, run.remote
     )
 
 
@@ -115,10 +118,6 @@ def make_plans(found: dict, order: tuple[str, ...]) -> dict:
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
-    from lib.generation import NEW_TOKENS, greedy
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index, value in edit:
@@ -130,10 +129,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.trace(batch, remote=remote):
         for layer, index, value in edit:
             neurons = mlp_out(model, layer).input
@@ -149,7 +144,8 @@ def anti_toxic_vectors(run, found: dict) -> list[dict]:
 
     best = found["cosine"].flatten().argsort()[:N_ANTI]
     places = [divmod(int(at), found["cosine"].shape[1]) for at in best]
-    tokens = vectors.lenses(run.base, -vectors.unit_vectors(run.base._module, best, written=False), run.protocol)
+    opposite = -run.at_weights(vectors.unit_vectors, best, False)
+    tokens = vectors.lenses(run.base, opposite, run.protocol, remote=run.remote)
     return [
         {
             "neuron": f"L{layer}.N{index}",

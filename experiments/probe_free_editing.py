@@ -28,6 +28,9 @@ import dataclasses
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import edited
+from lib.models import mlp_out
 
 
 def _several(*known):
@@ -71,7 +74,7 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
     needs = ("probe",) * ("probe" in representation) + ("post",) * (not own or options["post"] is not None)
     with experiment.begin("probe_free_editing", {**options, **chosen}, needs) as run:
         run.protocol = dataclasses.replace(run.protocol, edit_positions=chosen["positions"])
-        norms = controls.value_norms(run.base)
+        norms = run.at_weights(controls.value_norms)
         for stage in run.stages():
             edits = {}
             for name in representation:
@@ -80,7 +83,7 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
                 direction = (
                     stage.probe
                     if name == "probe"
-                    else vectors.contrast(run.base, *words, run.protocol.contrast_rows == "both")
+                    else vectors.contrast(run.base, *words, run.protocol.contrast_rows == "both", run.remote)
                 )
                 for kind in kinds:
                     plans = {
@@ -106,7 +109,7 @@ def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: 
     """The edit of section 6.1: the share beta of each group, moved by alpha away from the direction."""
     from lib import interventions, neurons
 
-    _, cosine = neurons.value_projections(run.base._module, direction, run.protocol.value_vectors == "written")
+    cosine = run.cosines(direction)
     pre = stage.pre_means.activation
     by = "activation" if order == "activation" else run.protocol.beta_order
     mask = sum(neurons.select(neurons.groups(cosine, pre), cosine, pre, beta, by).values()).bool()
@@ -140,10 +143,6 @@ def controlled(run, stage, plans: dict, direction, name, kind, order, alpha, bet
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
-    from lib.generation import NEW_TOKENS, greedy
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index, value in edit:
@@ -155,10 +154,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.trace(batch, remote=remote):
         for layer, index, value in edit:
             neurons = mlp_out(model, layer).input

@@ -25,6 +25,7 @@ and figures/ to runs/residual_shift/<model>/.
 import click
 
 from lib.cli import options
+from lib.models import mlp_norm, mlp_out, value_vectors, write_gain
 from lib.observation import OPTIONS, percent, spread
 
 DRAWS = 20  # random directions
@@ -63,12 +64,13 @@ def best(run, stage, top: int) -> list[tuple[int, int]]:
 def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
     """One seed's row of the record, and what its figures are drawn from."""
     from lib import neurons, observation, weights
+    from lib.remote import at_weights
     from lib.statistics import Bootstrap
 
-    remote = run.options["remote"] or False
+    remote = run.remote
     models = {"pre": run.base, "post": stage.post}
-    last = {name: last_positions(run, model, chosen, remote) for name, model in models.items()}
-    prompts = [ids for batch in batches_of(run) for ids in unpadded(batch)]
+    last = {name: last_positions(run, model, chosen) for name, model in models.items()}
+    prompts = [ids for batch in observation.prompts_of(run) for ids in unpadded(batch)]
     at_last = [range(len(ids) - 1, len(ids)) for ids in prompts]
     shared = observation.own_text(run)
     means = {
@@ -89,19 +91,12 @@ def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
     offsets = {layer: offset(run, stage, layer, last, means["last"]) for layer in layers}
     row = {
         "seed": stage.seed,
-        "parameters": weights.changes(run.base._module, stage.post._module),
+        "parameters": at_weights(weights.changes, stage.post, run.base, remote=remote),
         "neurons": found,
         "layers": {str(layer): entry for layer, (entry, _) in offsets.items()},
     }
     figures = {"last": last, "chosen": chosen, "cosines": {layer: cosines for layer, (_, cosines) in offsets.items()}}
     return row, figures | {"activation": means["last"][0].activation}
-
-
-def batches_of(run):
-    """The prompts' batches."""
-    from lib.generation import batches
-
-    return batches(run.base.tokenizer, run.prompts.items, run.batch_size, run.base.device)
 
 
 def unpadded(batch: dict) -> list[list[int]]:
@@ -110,35 +105,39 @@ def unpadded(batch: dict) -> list[list[int]]:
     return [ids[real].tolist() for ids, real in pairs]
 
 
-def last_positions(run, model, chosen: list[tuple[int, int]], remote) -> dict:
+def last_positions(run, model, chosen: list[tuple[int, int]]) -> dict:
     """At each prompt's last position: the residual stream before the MLP of the chosen neurons' layers
     `{layer: [n_prompts, d_model]}`, and the neurons' activations `[n_prompts, n_chosen]`, float64.
     """
-    import torch
+    from lib import observation
 
     layers = sorted({layer for layer, _ in chosen})
-    parts = [observe(model, batch, layers, chosen, remote) for batch in batches_of(run)]
-    streams = {layer: torch.cat([streams[at] for streams, _ in parts]).double() for at, layer in enumerate(layers)}
-    return {"streams": streams, "activations": torch.cat([activations for _, activations in parts]).double()}
+    streams, activations = observe(model, observation.prompts_of(run), layers, chosen, run.remote)
+    return {"streams": dict(zip(layers, streams.double(), strict=True)), "activations": activations.double()}
 
 
-def observe(model, batch: dict, layers: list[int], chosen: list[tuple[int, int]], remote=False) -> tuple:
-    """One batch of `last_positions`: streams `[n_layers chosen, batch, d_model]`, activations `[batch, n_chosen]`."""
+def observe(model, batches: list[dict], layers: list[int], chosen: list[tuple[int, int]], remote=False) -> tuple:
+    """`last_positions`: streams `[n_layers chosen, n_prompts, d_model]`, activations `[n_prompts, n_chosen]`."""
     import nnsight
     import torch
 
-    from lib.models import mlp_norm, mlp_out
+    from lib.remote import session
 
-    rows, width = len(batch["input_ids"]), model._module.config.hidden_size
-    with model.trace(batch, logits_to_keep=1, remote=remote):
+    rows, width = sum(len(batch["input_ids"]) for batch in batches), model._module.config.hidden_size
+    with session(model, remote):
         streams = nnsight.save(torch.zeros(len(layers), rows, width))
         activations = nnsight.save(torch.zeros(rows, len(chosen)))
-        for at, layer in enumerate(layers):
-            streams[at] = mlp_norm(model, layer).input[:, -1].float().cpu()  # between attention and MLP
-            m = mlp_out(model, layer).input[:, -1].float().cpu()  # [batch, d_mlp]
-            for place, (own, index) in enumerate(chosen):
-                if own == layer:
-                    activations[:, place] = m[:, index]
+        first = 0
+        for batch in batches:
+            own = slice(first, first + len(batch["input_ids"]))
+            first = own.stop
+            with model.trace(batch, logits_to_keep=1):
+                for at, layer in enumerate(layers):
+                    streams[at, own] = mlp_norm(model, layer).input[:, -1].float().cpu()  # between attention and MLP
+                    m = mlp_out(model, layer).input[:, -1].float().cpu()  # [batch, d_mlp]
+                    for place, (where, index) in enumerate(chosen):
+                        if where == layer:
+                            activations[own, place] = m[:, index]
     return streams, activations
 
 
@@ -150,6 +149,8 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
     """
     import torch
 
+    from lib.remote import at_weights
+
     before, after = (last[name]["streams"][layer] for name in ("pre", "post"))
     own = after - before  # [n_prompts, d_model]
     mean = own.mean(0)
@@ -159,14 +160,12 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
     random /= random.norm(dim=1, keepdim=True)
     pre, post = means
     cosines, against_random, parts = [], [], {"moved value vectors": 0.0, "changed activations": 0.0}
-    for earlier in range(layer):
-        first, second = (written(model._module, earlier) for model in (run.base, stage.post))  # [d_mlp, d_model]
-        moved = second - first
-        length = moved.norm(dim=1).clamp(min=1e-30)
-        cosines.append(moved @ unit / length)
-        against_random.append(moved @ random.T / length[:, None])  # [d_mlp, DRAWS]
-        parts["moved value vectors"] += float(pre.write[earlier] @ (moved @ unit))
-        parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ (second @ unit))
+    found = at_weights(moves, stage.post, run.base, layer, unit, random, remote=run.remote)
+    for earlier, (moved, first, second, turned) in enumerate(found):
+        cosines.append(moved)
+        against_random.append(turned)  # [d_mlp, DRAWS]
+        parts["moved value vectors"] += float(pre.write[earlier] @ (second - first))
+        parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ second)
     total = float(mean.norm())
     parts["the rest (attention, embedding, biases)"] = total - sum(parts.values())
     others = own.sum(0) - own  # [n_prompts, d_model]: each prompt is held against the others' mean shift
@@ -188,11 +187,22 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
     return entry, cosines
 
 
-def written(module, layer: int):
-    """Value vectors as the residual stream sees them, `[d_mlp, d_model]` float64."""
-    from lib.models import value_vectors, write_gain
+def moves(post, base, below: int, unit, random) -> list[tuple]:
+    """How the value vectors of the layers below one moved from `base` to `post`, as the residual stream sees them.
 
-    return value_vectors(module, layer).cpu().double() * write_gain(module, layer).cpu().double()
+    unit `[d_model]`, random `[DRAWS, d_model]`: directions of length 1.
+
+    Returns: for each layer cosines of the moves with unit `[d_mlp]`, both models' products with it `[d_mlp]`, and the
+        moves' cosines with the random directions `[d_mlp, DRAWS]`, float64.
+    """
+    found = []
+    for layer in range(below):
+        seen = [value_vectors(m, layer).cpu().double() * write_gain(m, layer).cpu().double() for m in (base, post)]
+        first, second = seen  # [d_mlp, d_model]
+        moved = second - first
+        length = moved.norm(dim=1).clamp(min=1e-30)
+        found.append((moved @ unit / length, first @ unit, second @ unit, moved @ random.T / length[:, None]))
+    return found
 
 
 def write(run, rows: list[dict], first: dict) -> dict:

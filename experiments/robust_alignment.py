@@ -11,6 +11,7 @@ late:K          the last K layers
 values:N        the N value vectors that align best with the probe; values:FILE: a file's neurons
 keys:N          their key vectors
 lora:R          low-rank adapters of rank R
+lora:FOLDER     an adapter that was trained elsewhere, as with --remote, where nothing trains
 
 A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES, times the
 preset's); `--search` looks for the one with the lowest validation loss, from there in threefold steps. What
@@ -25,12 +26,15 @@ generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs
     python experiments/robust_alignment.py --model gpt2 --search
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from lib.cli import CAUSAL, Finite, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.models import key
 
 # Times the preset's learning rate; first guesses, not searched yet.
 LEARNING_RATES = {"all": 1, "biases": 100, "late": 4, "values": 100, "keys": 100, "lora": 40}
@@ -59,26 +63,33 @@ def main(variants, top, factor, search, **options):
     from dpo.trainable import read
     from lib import experiment, weights
     from lib.interventions import NO_EDIT
-    from lib.models import load_like
+    from lib.models import resolve
+    from lib.remote import at_weights
 
     names = ["all", *(name.strip() for name in variants.split(",") if name.strip() != "all")]
-    if options["post"]:
-        raise click.BadParameter("every variant is trained here; leave it out.", param_hint="--post")
+    adapters = {name: name.partition(":")[2] for name in names if os.path.isdir(name.partition(":")[2])}
     for name in names[1:]:
-        read(name)
+        if name not in adapters:
+            read(name)
+            if options["remote"] == "ndif":
+                raise click.BadParameter(
+                    f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants"
+                )
     given = {**options, "variants": names, "top": top, "factor": factor, "search": search, "holdout": False}
     with experiment.begin("robust_alignment", given) as run:
         sizes, tried = {}, {}
+        sources = {name: resolve(path, option="--variants", weights=not run.hosted) for name, path in adapters.items()}
+        trainable = [name for name in names[1:] if name not in adapters]
         for stage in run.stages(means=False):
             if not tried:
-                tried = {name: rates(run, stage, name, search) for name in names[1:]}
+                tried = {name: rates(run, stage, name, search) for name in trainable}
             # All are trained before the first is measured.
-            sources = {name: trained(run, stage, name, min(tried[name], key=tried[name].get)) for name in names[1:]}
-            sources = {"all": run.artifacts_of[stage.seed][1], **sources}
-            for name, source in sources.items():
-                model = stage.post if name == "all" else load_like(run.base, source, run.device, run.options["dtype"])
+            sources |= {name: trained(run, stage, name, min(tried[name], key=tried[name].get)) for name in trainable}
+            for name, source in {"all": run.artifacts_of[stage.seed][1], **sources}.items():
+                model = stage.post if name == "all" else run.like_base(source)
                 label = "dpo" if name == "all" else name
-                sizes.setdefault(label, []).append(weights.changes(run.base._module, model._module)["all"])
+                changed = at_weights(weights.changes, model, run.base, remote=run.remote)
+                sizes.setdefault(label, []).append(changed["all"])
                 edits = {} if name == "all" else {stage.condition(name, "none"): NO_EDIT}
                 edits |= unaligned(run, stage, label, top, factor)
                 run.measure(stage, edits, generate, negative_log_likelihood, on=(model, source))
@@ -163,9 +174,6 @@ def scaling(mask, factor: float) -> KeyScaling:
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]`; scaled keys act at every position, whatever `where` says."""
-    from lib.generation import NEW_TOKENS, greedy
-    from lib.models import key
-
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index in getattr(edit, "layers", ()):
@@ -179,9 +187,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-    from lib.models import key
-
     with model.trace(batch, remote=remote):
         for layer, index in getattr(edit, "layers", ()):
             keys = key(model, layer)

@@ -34,6 +34,8 @@ from typing import Any
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.models import layers
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
 SEARCH_STEPS = 6  # bisections of alpha's logarithm after it is bracketed
@@ -98,7 +100,7 @@ def main(vector, alpha, factor, **options):
         length, asked = residual_length(run), {"none": (run.base, NO_EDIT)}
         for stage in run.stages(means=False):
             asking = (stage.probe, stage.seed, options["protocol"], run.protocol.value_vectors == "written")
-            for name, direction in {name: named(run.base._module, name, *asking) for name in vector}.items():
+            for name, direction in {name: named(run.base, name, *asking, run.remote) for name in vector}.items():
                 if alpha is None:
                     best = search(run, stage, direction, factor, length, f"{name}_{stage.seed}")
                     found["searched_alpha"][name][str(stage.seed)] = best
@@ -133,10 +135,14 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
     """The largest alpha whose log-perplexity, with every token steered, rises by at most log(factor), or to DPO's."""
     import math
 
+    import nnsight
+
     from lib.errors import UserError
     from lib.evaluation import EVERYWHERE, PERPLEXITY_TOKENS
     from lib.generation import right_padded
     from lib.interventions import NO_EDIT
+    from lib.models import input_device
+    from lib.remote import session
     from lib.results import once
     from lib.statistics import largest_within
 
@@ -144,9 +150,12 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
     tokens = sum(len(ids) - 1 for ids in run.texts.windows)
 
     def log_perplexity(alpha: float, model=run.base) -> float:
-        batches, remote = right_padded(run.texts.windows, rows, run.base.device), run.options["remote"] or False
+        batches = list(right_padded(run.texts.windows, rows, input_device(run.base)))
         edit = steering(run, direction, alpha) if alpha else NO_EDIT
-        sums = [negative_log_likelihood(model, batch, edit, EVERYWHERE, remote).sum() for batch in batches]
+        with session(model, run.remote):
+            sums = nnsight.save([])
+            for batch in batches:
+                sums.append(negative_log_likelihood(model, batch, edit, EVERYWHERE).sum())
         return float(sum(sums)) / tokens
 
     def find() -> dict:
@@ -163,11 +172,15 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
 def residual_length(run) -> float:
     """Mean length of the residual stream after the last layer (or of the last MLP output), over the first prompts."""
     from lib.generation import batches
+    from lib.models import input_device
+    from lib.remote import session
 
-    (batch,) = batches(run.base.tokenizer, run.prompts.items[: run.batch_size], run.batch_size, run.base.device)
-    place = steered(run.base, run.protocol.steer_at)
-    with run.base.trace(batch, logits_to_keep=1):
-        lengths = place.output.float().norm(dim=-1).save()  # [batch, positions]
+    first, device = run.prompts.items[: run.batch_size], input_device(run.base)
+    (batch,) = batches(run.base.tokenizer, first, run.batch_size, device)
+    model, place = run.base, steered(run.base, run.protocol.steer_at)
+    with session(model, run.remote):
+        with model.trace(batch, logits_to_keep=1):
+            lengths = place.output.float().norm(dim=-1).save()  # [batch, positions]
     return float(lengths[batch["attention_mask"].bool()].double().mean())
 
 
@@ -194,15 +207,21 @@ def examples(run, models: dict) -> list[dict]:
 
     models: condition -> (nnsight model, edit).
     """
-    from lib.generation import batches, decode, end_ids, until_end
+    import nnsight
 
-    remote, tokenizer = run.options["remote"] or False, run.base.tokenizer
-    (batch,) = batches(tokenizer, list(EXAMPLES), len(EXAMPLES), run.base.device)
+    from lib.generation import batches, decode, end_ids, until_end
+    from lib.models import input_device
+    from lib.remote import session
+
+    tokenizer, everywhere = run.base.tokenizer, slice(None)
+    (batch,) = batches(tokenizer, list(EXAMPLES), len(EXAMPLES), input_device(run.base))
     found = []
     for name, (model, edit) in models.items():
-        top = next_tokens(model, batch, edit, remote).tolist()
-        texts = decode(tokenizer, until_end(generate(model, batch, edit, slice(None), remote), end_ids(model)))
-        for prompt, ids, text in zip(EXAMPLES, top, texts, strict=True):
+        with session(model, run.remote):
+            top = nnsight.save(next_tokens(model, batch, edit))
+            new = nnsight.save(generate(model, batch, edit, everywhere))
+        texts = decode(tokenizer, until_end(new, end_ids(model)))
+        for prompt, ids, text in zip(EXAMPLES, top.tolist(), texts, strict=True):
             tokens = [tokenizer.decode([i]) for i in ids]
             found.append({"prompt": prompt, "condition": name, "top_tokens": tokens, "continuation": text})
     return found
@@ -221,16 +240,12 @@ def next_tokens(model, batch: dict, edit, remote=False):
 
 def steered(model, at: str):
     """The module whose output is steered: the last layer, or its MLP."""
-    from lib.models import layers
-
     last = layers(model)[-1]
     return last if at == "residual" else last.mlp
 
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the vector subtracted at every step."""
-    from lib.generation import NEW_TOKENS, greedy
-
     vector = getattr(edit, "vector", None)  # None: the model as it is
     place = steered(model, getattr(edit, "at", "residual"))
     with model.generate(batch, remote=remote, **greedy()) as tracer:
@@ -243,8 +258,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-
     vector = getattr(edit, "vector", None)
     place = steered(model, getattr(edit, "at", "residual"))
     with model.trace(batch, remote=remote):

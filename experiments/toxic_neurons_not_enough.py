@@ -20,6 +20,9 @@ runs/toxic_neurons_not_enough/<model>/; a killed run goes on where it was.
 import click
 
 from lib.cli import CAUSAL, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import edited
+from lib.models import mlp_out
 
 TOP_TOKENS = 10  # Yang section 4
 FIGURE_N = 100  # figure 3
@@ -43,8 +46,10 @@ def main(top, judge, **options):
     from lib import controls, experiment, metrics
 
     verdict = metrics.scorer(judge)
-    with experiment.begin("toxic_neurons_not_enough", {**options, "judge": judge, "top": top}) as run:
-        norms = controls.value_norms(run.base)
+    with experiment.begin(
+        "toxic_neurons_not_enough", {**options, "judge": judge, "top": top}, means_suffice=True
+    ) as run:
+        norms = run.at_weights(controls.value_norms)
         for stage in run.stages():
             found = attribute(run, stage)
             judged = judge_tokens(run, found["cosine"], verdict)
@@ -68,7 +73,7 @@ def attribute(run, stage, probe=None) -> dict:
     from lib import neurons
 
     return neurons.attribute(
-        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol
+        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol, run.remote
     )
 
 
@@ -82,8 +87,8 @@ def judge_tokens(run, cosine, verdict) -> list[dict]:
 
     best = cosine.flatten().topk(min(JUDGED_N, cosine.numel())).indices
     places = [divmod(int(at), cosine.shape[1]) for at in best]
-    rows = vectors.unit_vectors(run.base._module, best, written=False)
-    tokens = vectors.lenses(run.base, rows, run.protocol, TOP_TOKENS)
+    rows = run.at_weights(vectors.unit_vectors, best, False)
+    tokens = vectors.lenses(run.base, rows, run.protocol, TOP_TOKENS, run.remote)
     every = sorted({token for lists in tokens.values() for row in lists for token in row})
     score = dict(zip(every, verdict(every).tolist(), strict=True))
     judged = []
@@ -122,10 +127,6 @@ def make_plans(found: dict, judged: list[dict], top: list[int]) -> dict:
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
-    from lib.generation import NEW_TOKENS, greedy
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index, value in edit:
@@ -137,10 +138,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-    from lib.interventions import edited
-    from lib.models import mlp_out
-
     with model.trace(batch, remote=remote):
         for layer, index, value in edit:
             neurons = mlp_out(model, layer).input

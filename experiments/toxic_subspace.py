@@ -28,6 +28,7 @@ from itertools import pairwise, product
 import click
 
 from lib.cli import options
+from lib.models import value_vectors, write_gain
 from lib.observation import OPTIONS, percent, spread
 
 K = 3  # directions (appendix G)
@@ -52,25 +53,25 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
     """One seed's row of the record, and its `directions` `[K, d_model]`."""
     import torch
 
-    from lib import neurons, vectors
+    from lib import vectors
+    from lib.remote import at_weights
 
-    base, written = run.base._module, run.protocol.value_vectors == "written"
-    _, cosine = neurons.value_projections(base, stage.probe, through_norm=written)
+    written, cosine = run.protocol.value_vectors == "written", run.cosines(stage.probe)
     order = vectors.ranked(cosine, vectors.SPANNED[run.options["protocol"]][1])
     top = min(top, len(order))
     sizes = sorted({top // 2, top, min(2 * top, len(order))})
     generator = torch.Generator().manual_seed(stage.seed)
-    toxic = [vectors.subspace(vectors.unit_vectors(base, order[:size], written), K) for size in sizes]
-    random_sets = []
-    for _ in range(DRAWS):
-        drawn = torch.randperm(cosine.numel(), generator=generator)[: sizes[-1]]
-        rows = vectors.unit_vectors(base, drawn, written)
-        random_sets.append([vectors.subspace(rows[:size], K) for size in sizes])
+    rows = run.at_weights(vectors.unit_vectors, order[: sizes[-1]], written)
+    toxic = [vectors.subspace(rows[:size], K) for size in sizes]
+    drawn = [torch.randperm(cosine.numel(), generator=generator)[: sizes[-1]] for _ in range(DRAWS)]
+    rows = run.at_weights(vectors.unit_vectors, torch.cat(drawn), written).split(sizes[-1])
+    random_sets = [[vectors.subspace(some[:size], K) for size in sizes] for some in rows]
     directions, shares = toxic[sizes.index(top)]
 
     gaussian = torch.randn(DRAWS, directions.shape[1], K, generator=generator, dtype=torch.float64)
     triples = torch.cat([directions[None], torch.linalg.qr(gaussian).Q.mT])  # [1 + DRAWS, K, d_model]
-    before, after = (projections(model, triples, written) for model in (base, stage.post._module))
+    models = (run.base, stage.post)
+    before, after = (at_weights(projections, model, triples, written, remote=run.remote) for model in models)
     pre, post = ((m.write if written else m.activation) for m in (stage.pre_means, stage.post_means))
     change = pre * before - post * after  # [1 + DRAWS, K, n_layers, d_mlp], above 0: reduces
     row = {"seed": stage.seed, "top": top}
@@ -90,7 +91,7 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
             }
             for direction, share in zip(directions, shares, strict=True)
         ],
-        "tokens": vectors.lenses(run.base, directions, run.protocol),
+        "tokens": vectors.lenses(run.base, directions, run.protocol, remote=run.remote),
         "stability": [
             {
                 "vectors": [smaller, larger],
@@ -113,16 +114,14 @@ def measure(run, stage, top: int) -> tuple[dict, dict]:
     return row, {"directions": directions}
 
 
-def projections(module, triples, written: bool):
+def projections(model, triples, written: bool):
     """Products of all value vectors with directions, `[n, K, n_layers, d_mlp]` float64; triples `[n, K, d_model]`."""
     import torch
 
-    from lib.models import value_vectors, write_gain
-
     found = []
-    for layer in range(module.config.num_hidden_layers):
-        seen = triples * write_gain(module, layer).cpu().double() if written else triples
-        found.append(seen @ value_vectors(module, layer).cpu().double().T)
+    for layer in range(model.config.num_hidden_layers):
+        seen = triples * write_gain(model, layer).cpu().double() if written else triples
+        found.append(seen @ value_vectors(model, layer).cpu().double().T)
     return torch.stack(found, 2)
 
 

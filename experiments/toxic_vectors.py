@@ -32,7 +32,7 @@ from lib.observation import OPTIONS
 SHOWN = 7  # vectors of each kind on the screen: as many as Lee's table 1 has
 K = 3  # SVD directions
 DRAWS = 3  # times as many random vectors
-UNREAD = {"prompts": "embedded", "limit": 1, "batch-size-or-auto": 1, "pairs": "embedded", "post": None, "remote": None}
+UNREAD = {"prompts": "embedded", "limit": 1, "batch-size-or-auto": 1, "pairs": "embedded", "post": None}
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -58,26 +58,26 @@ def measure(run, seed: int, words: list[str], top: int, verdict) -> dict:
     """One seed's vectors with their tokens, and how many of each kind show a listed word."""
     import torch
 
-    from lib import neurons, probes, vectors
+    from lib import probes, vectors
 
-    module, written = run.base._module, run.protocol.value_vectors == "written"
-    file = run.artifacts_of[seed][0]
-    probe = vectors.concept(run.base, words) if words else probes.load_probe(file, module.config.hidden_size)
-    _, cosine = neurons.value_projections(module, probe, through_norm=written)
+    written, file = run.protocol.value_vectors == "written", run.artifacts_of[seed][0]
+    width = run.base._module.config.hidden_size
+    probe = vectors.concept(run.base, words, run.remote) if words else probes.load_probe(file, width)
+    cosine = run.cosines(probe)
     _, per_layer = vectors.SPANNED[run.options["protocol"]]
     best, worst = vectors.ranked(cosine, per_layer), vectors.ranked(-cosine, per_layer)
     top = min(top, len(best))
     generator = torch.Generator().manual_seed(seed)
-    rows = vectors.unit_vectors(module, best[:top], written)
+    rows = run.at_weights(vectors.unit_vectors, best[:top], written)
     directions, shares = vectors.subspace(rows, K)
     kinds = {
         "probe": probe.unit[None],
         "svd": directions,
         "best": rows,
-        "worst, reversed": -vectors.unit_vectors(module, worst[:top], written),
+        "worst, reversed": -run.at_weights(vectors.unit_vectors, worst[:top], written),
     }
     drawn = torch.randperm(cosine.numel(), generator=generator)[: DRAWS * top]
-    kinds["random"] = vectors.unit_vectors(module, drawn, written)
+    kinds["random"] = run.at_weights(vectors.unit_vectors, drawn, written)
     kinds["random directions"] = torch.randn(DRAWS * top, rows.shape[1], generator=generator).double()
     listed, counts = [], {}
     for kind, some in kinds.items():
@@ -109,7 +109,7 @@ def tokens_of(run, some, verdict) -> list[dict]:
     """Nearest tokens of each of `some` `[n, d_model]`, by each lens, and those that the judge finds."""
     from lib import vectors
 
-    found = vectors.lenses(run.base, some, run.protocol)
+    found = vectors.lenses(run.base, some, run.protocol, remote=run.remote)
     every = sorted({token for lists in found.values() for tokens in lists for token in tokens})
     score = dict(zip(every, verdict(every).tolist(), strict=True))
     lines = []

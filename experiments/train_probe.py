@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from lib.cli import options
+from lib.cli import REMOTE, options
 
 TEST_SHARE = 0.1  # Lee 3.1, Yang 3.2
 SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
@@ -26,14 +26,17 @@ SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "revision", "device", "dtype", "seed", "batch-size", "comments", "protocol", "raw-text")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder to write.  [default: the cache]")
-@options("overwrite")
-def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite):
-    from lib import artifacts, data
-    from lib.models import pick_device, resolve
+@options("overwrite", *REMOTE)
+def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite, **options):
+    from lib import artifacts, data, remote
+    from lib.models import MODELS, pick_device, resolve
 
-    device = pick_device(device)
+    hosted = options["remote"] == "ndif"
+    device = "cpu" if hosted else pick_device(device)
     loaded = data.comments(comments)
-    source = resolve(model, revision)
+    source, server = resolve(model, revision, weights=not hosted), remote.connect(options)
+    if hosted:
+        remote.report(server, MODELS.get(model, model))
     library = Path(artifacts.__file__).parent
     settings = {
         "model": source.revision,
@@ -41,11 +44,12 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
         "protocol": protocol,
         "seed": seed,
         "dtype": dtype,
+        "remote": server.host if hosted else server,
         "code": artifacts.code_version(__file__, library / "probes.py"),
     }
 
     def build(folder: Path) -> None:
-        train(source, loaded, protocol, seed, device, dtype, batch_size, folder)
+        train(source, loaded, protocol, seed, device, dtype, batch_size, server, folder)
 
     if out:
         with artifacts.output(Path(out), settings, overwrite) as folder:
@@ -57,8 +61,8 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
     click.echo(folder)
 
 
-def train(source, comments, protocol: str, seed: int, device: str, dtype: str, batch_size: int, folder: Path) -> None:
-    """Features in traces, the fit, and its measures on held-out comments."""
+def train(source, comments, protocol: str, seed: int, device: str, dtype: str, batch_size: int, server, folder) -> None:
+    """Features in traces, the fit, and its measures on held-out comments, written to `folder`."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -69,12 +73,13 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
     from lib.metrics import profane_pattern
     from lib.models import load
     from lib.protocol import PROTOCOLS
+    from lib.remote import Server
     from lib.results import provenance, write_json
 
-    model = load(source, device, dtype)
+    model = load(source, device, dtype, hosted=isinstance(server, Server))
     texts, labels = zip(*comments.items, strict=True)
     labels = np.array(labels)
-    features = probes.mean_residuals(model, list(texts), batch_size, PROTOCOLS[protocol].probe_features)
+    features = probes.mean_residuals(model, list(texts), batch_size, PROTOCOLS[protocol].probe_features, server)
     n_test = max(2, round(TEST_SHARE * len(texts)))  # at least one comment of each class
     fitted, held_out = train_test_split(
         np.arange(len(texts)),
@@ -109,7 +114,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
             "model": source.name,
             "params": {"protocol": protocol, "seed": seed},
             "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
-            "top_tokens": vectors.nearest_tokens(model, probe.direction[None])[0],
+            "top_tokens": vectors.nearest_tokens(model, probe.direction[None], remote=server)[0],
             "provenance": provenance(
                 model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
             ),

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.models import key, mlp_out
 
 KINDS = ("keys", "keys and bias", "values")
 
@@ -61,7 +63,7 @@ def main(top, factor, **options):
 
     with experiment.begin("unalign", {**options, "top": top, "factor": factor, "holdout": False}) as run:
         kinds = [kind for kind in KINDS if kind != "keys and bias" or has_bias(run.base._module)]
-        norms = controls.value_norms(run.base)
+        norms = run.at_weights(controls.value_norms)
         for stage in run.stages():
             cosine = run.cosines(stage.probe)
             edits = {}
@@ -134,9 +136,6 @@ def scaled(kind: str, h, factor: float, bias):
 
 def generate(model, batch: dict, edit, where: slice, remote=False):
     """Greedy new tokens `[batch, NEW_TOKENS]`; scaled weights act at every position, whatever `where` says."""
-    from lib.generation import NEW_TOKENS, greedy
-    from lib.models import key, mlp_out
-
     with model.generate(batch, remote=remote, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
             for layer, index in getattr(edit, "layers", ()):
@@ -154,9 +153,6 @@ def generate(model, batch: dict, edit, where: slice, remote=False):
 
 def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    from lib.evaluation import summed_nll
-    from lib.models import key, mlp_out
-
     with model.trace(batch, remote=remote):
         for layer, index in getattr(edit, "layers", ()):
             if edit.kind == "values":

@@ -42,7 +42,7 @@ def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
         return Path(given)
     features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
     chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
-    return trained_probe(*_common(options), *chosen)
+    return trained_probe(*_common(options), *_remotely(options), *chosen)
 
 
 def trained_probe(*arguments: str) -> Path:
@@ -53,11 +53,33 @@ def trained_probe(*arguments: str) -> Path:
     return run(str(script), *arguments) / "probe.safetensors"
 
 
-def post_source(options: dict, seed: int, *more: str) -> Source:
-    """--post, or the checkpoint that `python -m dpo` makes for a seed; more: further arguments of that command."""
+def post_source(options: dict, seed: int, *more: str) -> Source | None:
+    """--post, or the checkpoint that `python -m dpo` makes for a seed; more: further arguments of that command.
+
+    None for `--post means:FILE`: there is no model then.
+    """
+    hosted = options["remote"] == "ndif"
+    kind, _, rest = (options["post"] or "").partition(":")
+    if kind == "means":
+        return None
+    if kind == "lora" and not (Path(rest) / "adapter_config.json").is_file():
+        raise UserError(f"--post {options['post']}: holds no adapter_config.json; give a folder in PEFT's format.")
     if options["post"]:
-        return resolve(options["post"], option="--post")
+        return resolve(rest if kind == "lora" else options["post"], option="--post", weights=not hosted)
+    if hosted:
+        raise UserError(
+            "--remote: DPO does not train on a server. Give --post lora:FOLDER (`python -m dpo --trainable lora:16`, "
+            "where the weights are) or --post means:FILE (a model's mean activations after DPO)."
+        )
     return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed), *more)))
+
+
+def given_means(options: dict, base):
+    """Mean activations after DPO of --post means:FILE (see `lib.neurons.load_activations`), else None."""
+    from lib import models, neurons
+
+    kind, _, file = (options["post"] or "").partition(":")
+    return neurons.load_activations(file, (models.n_layers(base), models.d_mlp(base))) if kind == "means" else None
 
 
 def run(*command: str) -> Path:
@@ -78,12 +100,14 @@ def settings(options: dict, source: Source, made: dict, prompts, passages, devic
     made: seed -> (probe file, model after DPO); None where the script needs none.
     """
     own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
-    screen = {"out", "overwrite", "raw_text"}
+    screen = {"out", "overwrite", "raw_text", "verbose", "remote_timeout"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {"prompts": prompts.sha256, "passages": passages.sha256}
     counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}
+    kind, _, file = (options["post"] or "").partition(":")
+    means = f"means:{file_sha256(Path(file))}" if kind == "means" else None
     seeds = {
-        str(seed): {"probe": probe and file_sha256(probe), "post": post and post.revision}
+        str(seed): {"probe": probe and file_sha256(probe), "post": post.revision if post else means}
         for seed, (probe, post) in made.items()
     }
     return {**chosen, **hashes, **counts, "model": source.revision, "runs": seeds, "device": device}
@@ -92,3 +116,9 @@ def settings(options: dict, source: Source, made: dict, prompts, passages, devic
 def _common(options: dict) -> list[str]:
     names = ("model", "revision", "device", "dtype")
     return [part for name in names if options[name] for part in (f"--{name}", options[name])]
+
+
+def _remotely(options: dict) -> list[str]:
+    if options["remote"] != "ndif":
+        return []
+    return ["--remote", "--remote-timeout", str(options["remote_timeout"])]

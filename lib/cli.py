@@ -158,11 +158,25 @@ OPTIONS = {
     ),
     "probe": click.option("--probe", help="A probe's safetensors file.  [default: train_probe.py makes it]"),
     "post": click.option(
-        "--post", help="The model after DPO: a folder or a Hub id.  [default: `python -m dpo` makes it]"
+        "--post",
+        help="The model after DPO: a folder, a Hub id, lora:FOLDER (an adapter, added inside the traces with --remote) "
+        "or means:FILE (its mean activations alone).  [default: `python -m dpo` makes it]",
     ),
     "remote": click.option(
-        "--remote", type=click.Choice(["local"]), help="local: ship every trace to nnsight's simulated server."
+        "--remote",
+        type=click.Choice(["ndif", "local"]),
+        is_flag=False,
+        flag_value="ndif",
+        help="Run the traces on NDIF, without the model's weights here; local: on nnsight's simulation of it.",
     ),
+    "remote-timeout": click.option(
+        "--remote-timeout",
+        type=Finite(0, min_open=True),
+        default=600,
+        show_default=True,
+        help="Seconds without news of a request, or of the service, after which it is given up.",
+    ),
+    "verbose": click.option("-v", "--verbose", is_flag=True, help="Print every request's status and size."),
     "overwrite": click.option("--overwrite", is_flag=True, help="Replace an output folder that exists."),
     "raw-text": click.option("--raw-text", is_flag=True, help="Do not mask profane words on the screen."),
 }
@@ -179,9 +193,10 @@ def options(*names: str) -> Callable:
     return decorate
 
 
+REMOTE = ("remote", "remote-timeout", "verbose")
 INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-or-auto", "limit", "prompts", "passages")
 ARTIFACTS = ("comments", "pairs", "probe", "post")
-MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote")
+MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
 OUTPUTS = ("out", "overwrite", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
 

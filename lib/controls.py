@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib.interventions import Plan
-from lib.models import n_layers, value_vectors
+from lib.models import value_vectors
 from lib.probes import Probe, fit
 
 DRAWS = {"none": 0, "quick": 3, "full": 20}
@@ -125,10 +125,9 @@ def permuted(mask: torch.Tensor, value: torch.Tensor, generator: torch.Generator
 
 
 def value_norms(model) -> torch.Tensor:
-    """Norms of all value vectors, `[n_layers, d_mlp]` float64. `model`: nnsight."""
-    return torch.stack(
-        [value_vectors(model._module, layer).cpu().double().norm(dim=-1) for layer in range(n_layers(model))]
-    )
+    """Norms of all value vectors, `[n_layers, d_mlp]` float64. `model`: torch or nnsight."""
+    layers = range(model.config.num_hidden_layers)
+    return torch.stack([value_vectors(model, layer).cpu().double().norm(dim=-1) for layer in layers])
 
 
 Replan = Callable[[Probe], Plan]  # the script's own procedure, from a direction to its edit

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import nnsight
 import numpy as np
-import torch
 
 from lib.errors import UserError
 from lib.generation import NEW_TOKENS, batches, decode, end_ids, right_padded, until_end, windows
+from lib.interventions import NO_EDIT
 from lib.metrics import Scorer, repetition, token_f1
+from lib.models import input_device
 from lib.protocol import Protocol
+from lib.remote import Server, session
 from lib.statistics import Bootstrap
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
@@ -51,57 +55,66 @@ def measure(
     scorer: Scorer,
     batch_size: int,
     protocol: Protocol,
-    generate: Callable[[dict, slice], torch.Tensor],
-    likelihood: Callable[[dict, slice], torch.Tensor],
-    edited: bool,
+    generate: Callable,
+    likelihood: Callable,
+    edit: Any,
     brief: bool = False,
     position_0: bool = True,
+    remote: Server | str | bool = False,
 ) -> dict[str, list]:
-    """Measure one condition.
+    """Measure one condition: all its traces in one session, on a server one request that returns ids and sums.
 
     Args:
-        generate: left-padded batch, edited positions -> new ids `[batch, NEW_TOKENS]`.
-        likelihood: right-padded batch, edited positions -> summed negative log-likelihood `[batch]`, nats.
-        edited: False: the model as it is, for which both perplexities are one.
+        generate: a script's `(model, left-padded batch, edit, edited positions) -> new ids [batch, NEW_TOKENS]`.
+        likelihood: `(model, right-padded batch, edit, edited positions) -> [batch]`, nats: summed negative
+            log-likelihood.
+        edit: what the script's traces apply; NO_EDIT: the model as it is, for which both perplexities are one.
         brief: for controls: no F1, and the protocol's own perplexity alone.
         position_0: also perplexity with position 0 edited alone, as the papers have it (of clamps).
 
     Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
         with every position edited, `nll_first` with position 0 edited alone, in nats).
     """
-    ends = end_ids(model)
+    ends, device = end_ids(model), input_device(model)
     where = EVERYWHERE if protocol.edit_positions == "all" else LAST
     attended = protocol.padding == "attended" and "gemma" in model._module.config.model_type
-    rows, continuations = [], []
-    for batch in batches(model.tokenizer, texts.prompts, batch_size, model.device, attended=attended):
-        new = until_end(generate(batch, where), ends)
-        at = len(rows)
-        rows += new
-        if protocol.prompt_removal == "ids":
-            continuations += decode(model.tokenizer, new)
-        else:  # the whole text, from which the prompt is taken out where it is found as it was
-            whole = [ids.tolist() + more for ids, more in zip(batch["input_ids"], new, strict=True)]
-            pieces = zip(decode(model.tokenizer, whole), texts.prompts[at : at + len(new)], strict=True)
-            continuations += [text.replace(prompt, "") for text, prompt in pieces]
-    f1 = []
-    for start in range(0, 0 if brief else len(texts.continued), batch_size):
-        part = texts.continued[start : start + batch_size]
-        (batch,) = right_padded([ids for ids, _ in part], batch_size, model.device)  # all of one length
-        for ids, (prompt, reference) in zip(until_end(generate(batch, where), ends), part, strict=True):
-            f1.append(token_f1(ids if protocol.f1_prediction == "continuation" else prompt + ids, reference))
-
-    def total(positions: slice) -> list[float]:
-        size = max(1, PERPLEXITY_TOKENS // max(map(len, texts.windows)))
-        parts = right_padded(texts.windows, size, model.device)
-        return [x for batch in parts for x in likelihood(batch, positions).tolist()]
-
-    nll = {}
+    asked = list(batches(model.tokenizer, texts.prompts, batch_size, device, attended=attended))
+    continued = [] if brief else [ids for ids, _ in texts.continued]  # all of one length
+    both = [*asked, *right_padded(continued, batch_size, device)]
+    size = max(1, PERPLEXITY_TOKENS // max(map(len, texts.windows)))
+    read = list(right_padded(texts.windows, size, device))
+    kinds = {}
     if not brief or protocol.perplexity_edit == "all":
-        nll["nll"] = total(EVERYWHERE)
-    if not edited and "nll" in nll:
+        kinds["nll"] = EVERYWHERE
+    if not (edit is NO_EDIT and kinds) and (position_0 and not brief or protocol.perplexity_edit == "first"):
+        kinds["nll_first"] = FIRST
+    places = list(kinds.values())
+    with session(model, remote):
+        ids, losses = nnsight.save([]), nnsight.save([])
+        for batch in both:
+            ids.append(generate(model, batch, edit, where).cpu())
+        for place in places:
+            for batch in read:
+                losses.append(likelihood(model, batch, edit, place).cpu())
+
+    new = [until_end(part, ends) for part in ids]
+    rows, continuations = [], []
+    for batch, part in zip(asked, new, strict=False):  # those of F1 come after
+        at = len(rows)
+        rows += part
+        if protocol.prompt_removal == "ids":
+            continuations += decode(model.tokenizer, part)
+        else:  # the whole text, from which the prompt is taken out where it is found as it was
+            whole = [prompt.tolist() + more for prompt, more in zip(batch["input_ids"], part, strict=True)]
+            pieces = zip(decode(model.tokenizer, whole), texts.prompts[at : at + len(part)], strict=True)
+            continuations += [text.replace(prompt, "") for text, prompt in pieces]
+    predicted, f1 = [row for part in new[len(asked) :] for row in part], []
+    for found, (prompt, reference) in zip(predicted, [] if brief else texts.continued, strict=True):
+        f1.append(token_f1(found if protocol.f1_prediction == "continuation" else prompt + found, reference))
+    sums = [total for part in losses for total in part.tolist()]
+    nll = {name: sums[at * len(texts.windows) : (at + 1) * len(texts.windows)] for at, name in enumerate(kinds)}
+    if edit is NO_EDIT and "nll" in nll:
         nll["nll_first"] = nll["nll"]
-    elif position_0 and not brief or protocol.perplexity_edit == "first":
-        nll["nll_first"] = total(FIRST)
     short = 1 if protocol.perplexity_windows == "passage" else 0  # the released code divides n - 1 terms by n
     return {
         "continuations": continuations,
@@ -111,19 +124,6 @@ def measure(
         "tokens": [len(ids) - short for ids in texts.windows],
         **nll,
     }
-
-
-def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats.
-
-    logits `[batch, positions, vocab]`; ids and real (1: a token, 0: padding) `[batch, positions]`.
-    """
-    sums = torch.zeros(len(ids), dtype=torch.float64)
-    for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
-        predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
-        sums[row] = loss[real[row, 1:].bool().cpu()].sum()
-    return sums
 
 
 def average(measured: list[dict]) -> dict:

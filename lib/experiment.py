@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,20 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from lib import artifacts, chain, controls, evaluation, generation, metrics, models, neurons, probes, results, tables
+from lib import (
+    artifacts,
+    chain,
+    controls,
+    evaluation,
+    generation,
+    metrics,
+    models,
+    neurons,
+    probes,
+    remote,
+    results,
+    tables,
+)  # fmt: skip
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.interventions import NO_EDIT, Plan
@@ -28,6 +41,7 @@ from lib.probes import Probe
 from lib.protocol import PROTOCOLS, Protocol, with_released
 from lib.statistics import Bootstrap
 
+HOSTED_BATCH = 48  # prompts at once on a server with --batch-size auto: its memory is not known here
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
 
 
@@ -93,6 +107,8 @@ class Experiment:
     settings: dict
     started: float
     first_post: Any  # the first seed's model after DPO until its stage, or None
+    remote: Any  # False, "local" or the NDIF service
+    given_means: neurons.Means | None  # after DPO, from --post means:FILE: there is no model after DPO then
     measured: dict[Condition, dict] = dataclasses.field(default_factory=dict)
     neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
     directions: dict[int, list] = dataclasses.field(default_factory=dict)  # seed -> control directions of its probe
@@ -102,20 +118,24 @@ class Experiment:
 
         means: whether the script needs the models' mean activations.
         """
-        remote, dtype = self.options["remote"] or False, self.options["dtype"]
         for seed, (probe_file, post_source) in self.artifacts_of.items():
             post, self.first_post = self.first_post, None
             if post is None and post_source:
-                post = models.load_like(self.base, post_source, self.device, dtype)
+                post = self.like_base(post_source)
             probe = probes.load_probe(probe_file, self.base._module.config.hidden_size) if probe_file else None
             for name, prompts in self.mean_prompts.items():
 
                 def mean(model, source, prompts=prompts, seed=seed):
-                    return neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, remote)
+                    settings = (prompts, self.batch_size, self.protocol, seed, self.remote)
+                    return neurons.cached_means(model, source, *settings)
 
                 pre = self.fitting(partial(mean, self.base, self.source)) if means else None
-                after = self.fitting(partial(mean, post, post_source)) if post and means else None
+                after = self.fitting(partial(mean, post, post_source)) if post and means else self.given_means
                 yield Stage(seed, name, probe, probe_file, post, pre, after)
+
+    def like_base(self, source: models.Source):
+        """A model that was trained from the base model; see `lib.models.load_like`."""
+        return models.load_like(self.base, source, self.device, self.options["dtype"], bool(self.remote))
 
     def cosines(self, direction: Probe) -> torch.Tensor:
         """Cosine of each of the base model's value vectors with a direction, as the protocol sees them.
@@ -123,7 +143,16 @@ class Experiment:
         Returns: `[n_layers, d_mlp]` float64.
         """
         written = self.protocol.value_vectors == "written"
-        return neurons.value_projections(self.base._module, direction, through_norm=written)[1]
+        return self.at_weights(neurons.value_projections, direction.unit, written)[1]
+
+    def at_weights(self, function: Callable, *arguments):
+        """`function(base model, *arguments)`, computed where its weights are; see `lib.remote.at_weights`."""
+        return remote.at_weights(function, self.base, *arguments, remote=self.remote)
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the traces run on NDIF."""
+        return isinstance(self.remote, remote.Server)
 
     def measure(
         self,
@@ -137,14 +166,16 @@ class Experiment:
 
         Args:
             edits: condition -> what the script's trace applies; NO_EDIT: the model that `on` names, as it is.
-            generate: the script's `(model, batch, edit, where, remote) -> ids [batch, NEW_TOKENS]`.
-            likelihood: the script's `(model, batch, edit, where, remote) -> [batch]`, nats.
+            generate: the script's `(model, batch, edit, where) -> ids [batch, NEW_TOKENS]`.
+            likelihood: the script's `(model, batch, edit, where) -> [batch]`, nats.
             on: (nnsight model, its source) that the edits apply to; None: the base model.
         """
         none, dpo = Condition("none", seed=self.seeds[0]), Condition("dpo", seed=stage.seed)
         whole = {none: NO_EDIT, **({dpo: NO_EDIT} if stage.post else {}), **edits}
         edited, source = on or (self.base, self.source)
         todo = {key: edit for key, edit in whole.items() if key not in self.measured}
+        if self.hosted:
+            self.remote.say(f"{len(todo)} conditions, each one request at most.")
         for condition, edit in track(list(todo.items()), f"Conditions, seed {stage.seed}", console=_stderr()):
             if condition in (none, dpo):
                 which = (stage.post, self.artifacts_of[stage.seed][1]) if condition == dpo else (self.base, self.source)
@@ -153,10 +184,12 @@ class Experiment:
             if edit is NO_EDIT:
                 self.measured[condition] = self._unedited(edited, source, generate, likelihood)
                 continue
-            self.measured[condition] = results.once(
-                self.work / "conditions" / condition.file,
-                partial(self._measure, edited, edit, generate, likelihood, self._brief(condition), condition.kind),
-            )
+            file = self.work / "conditions" / condition.file
+            with self.remote.remembering(file.with_suffix(".request")) if self.hosted else nullcontext():
+                self.measured[condition] = results.once(
+                    file,
+                    partial(self._measure, edited, edit, generate, likelihood, self._brief(condition), condition.kind),
+                )
             self.neurons[condition] = getattr(edit, "n_neurons", 0)
 
     def _brief(self, condition: Condition) -> bool:
@@ -170,7 +203,8 @@ class Experiment:
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(self.texts)).encode()).hexdigest(),
             "protocol": dataclasses.asdict(self.protocol),
             "scorer": metrics.identity(self.options["scorer"]),
-            **{name: self.options[name] for name in ("dtype", "remote")},
+            "dtype": self.options["dtype"],
+            "remote": self.remote.host if self.hosted else self.remote or None,
             "device": self.device,
             "batch_size": self.batch_size,
             "code": artifacts.code_version(evaluation.__file__, generation.__file__, metrics.__file__),
@@ -183,15 +217,10 @@ class Experiment:
         return json.loads((artifacts.make("unedited", fields, build) / "measured.json").read_text(encoding="utf-8"))
 
     def _measure(self, model, edit, generate, likelihood, brief: bool, kind: str) -> dict:
-        remote = self.options["remote"] or False
         return self.fitting(
             lambda: evaluation.measure(
-                model, self.texts, self.toxicity, self.batch_size, self.protocol,
-                generate=lambda batch, where: generate(model, batch, edit, where, remote),
-                likelihood=lambda batch, where: likelihood(model, batch, edit, where, remote),
-                edited=edit is not NO_EDIT,
-                brief=brief,
-                position_0=kind == "clamp",
+                model, self.texts, self.toxicity, self.batch_size, self.protocol, generate, likelihood, edit,
+                brief=brief, position_0=kind == "clamp", remote=self.remote,
             )
         )  # fmt: skip
 
@@ -344,6 +373,7 @@ class Experiment:
                 dtype=str(self.base.dtype).removeprefix("torch."),
                 device=self.device,
                 seconds=round(time.monotonic() - self.started, 1),
+                **({"remote": self.remote.record()} if self.hosted else {}),
             ),
         }
         results.write_json(self.work / "run.json", record)
@@ -388,12 +418,15 @@ def chosen_protocol(options: dict) -> Protocol:
 
 
 @contextmanager
-def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")) -> Iterator[Experiment]:
+def begin(
+    script: str, options: dict, needs: tuple[str, ...] = ("probe", "post"), means_suffice: bool = False
+) -> Iterator[Experiment]:
     """Check the options, make what is missing, load the base model, and open the output folder.
 
     What can be wrong with the input is found before anything is written.
 
     needs: of `probe` and `post` (the model after DPO), what the script stands on; the rest is not made.
+    means_suffice: of the model after DPO only its mean activations are needed.
     """
     from lib.cli import default_scorer
 
@@ -401,6 +434,8 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
     name = options["model"]
     options = {**options, "scorer": default_scorer(name, options["scorer"])}
     protocol = chosen_protocol(options)
+    if "post" in needs and (options["post"] or "").startswith("means:") and not means_suffice:
+        raise UserError(f"--post {options['post']}: {script}.py runs the model after DPO itself; give lora:FOLDER.")
     seeds = options["seeds"] or [options["seed"]]
     out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
     artifacts.refuse_existing(out, options["overwrite"])
@@ -411,8 +446,12 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
             raise UserError("--holdout: needs at least two prompts; raise --limit or give more.")
         mean_prompts = {"held_out": prompts.half(0), "same": prompts.half(1)}
         prompts = mean_prompts["same"]
-    source = models.resolve(name, options["revision"])
-    device = models.pick_device(options["device"])
+    hosted = options["remote"] == "ndif"
+    source = models.resolve(name, options["revision"], weights=not hosted)
+    server = remote.connect(options)
+    if hosted:
+        remote.report(server, models.MODELS.get(name, name))
+    device = "cpu" if hosted else models.pick_device(options["device"])
     toxicity = metrics.scorer(options["scorer"])
     second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
     made = {
@@ -422,21 +461,24 @@ def begin(script: str, options: dict, needs: tuple[str, ...] = ("probe", "post")
         )
         for seed in seeds
     }
-    base = models.load(source, device, options["dtype"])
+    base = models.load(source, device, options["dtype"], hosted)
     batch_size = options["batch_size"]
-    if batch_size == "auto":
+    if batch_size == "auto" and hosted:
+        batch_size = HOSTED_BATCH
+    elif batch_size == "auto":
         batch_size = min(generation.fitting_batch_size(base), len(prompts.items))
     texts = evaluation.make_texts(base, prompts.items, passages.items, f"--passages {passages.source}", protocol)
     for file in {file for file, _ in made.values() if file}:  # what is wrong with it is told now
         probes.load_probe(file, base._module.config.hidden_size)
     first = made[seeds[0]][1]
-    first_post = models.load_like(base, first, device, options["dtype"]) if first else None
+    first_post = models.load_like(base, first, device, options["dtype"], bool(server)) if first else None
+    given_means = chain.given_means(options, base) if "post" in needs else None
     scorers = {name: options[name] and metrics.identity(options[name]) for name in ("scorer", "second_scorer")}
     settings = chain.settings({**options, **scorers}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         yield Experiment(
             script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,
-            toxicity, second, made, work, out, settings, started, first_post,
+            toxicity, second, made, work, out, settings, started, first_post, server, given_means,
         )  # fmt: skip
 
 

@@ -1,8 +1,15 @@
-"""Batches of prompts, and what a generation's ids say: which tokens are new, which come after the end."""
+"""Batches of prompts, what a generation's ids say (which tokens are new, which come after the end), and likelihoods.
+
+Light, as scripts import it at their top: torch comes in with the functions that need it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MAX_PROMPT_TOKENS = 32  # both papers' code cuts prompts here
 NEW_TOKENS = 20  # Yang 3.2; both papers' code
@@ -80,6 +87,8 @@ def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dic
 
     In a causal model the padding on the right changes nothing to its left, so positions need no correction.
     """
+    import torch
+
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         width = max(map(len, part))
@@ -89,6 +98,21 @@ def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dic
         }
 
 
+def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats.
+
+    logits `[batch, positions, vocab]`; ids and real (1: a token, 0: padding) `[batch, positions]`.
+    """
+    import torch
+
+    sums = torch.zeros(len(ids), dtype=torch.float64)
+    for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
+        predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
+        sums[row] = loss[real[row, 1:].bool().cpu()].sum()
+    return sums
+
+
 def fitting_batch_size(model) -> int:
     """How many prompts at once take half of the memory that is free on the model's device. `model`: nnsight.
 
@@ -96,6 +120,7 @@ def fitting_batch_size(model) -> int:
     the model's dtype; what is left pays for fragmentation and for what else the process holds.
     """
     import psutil
+    import torch
 
     config, size = model._module.config, model.dtype.itemsize
     positions = MAX_PROMPT_TOKENS + NEW_TOKENS
@@ -111,4 +136,6 @@ def fitting_batch_size(model) -> int:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, on a GPU or on the CPU."""
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -53,10 +53,13 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def model_folder(repository: str, revision: str | None, check: Callable[[Path, str], object]) -> tuple[Path, str]:
+def model_folder(
+    repository: str, revision: str | None, check: Callable[[Path, str], object], weights: bool = True
+) -> tuple[Path, str]:
     """Download a model's configuration, tokenizer and safetensors (or find them in the Hub cache).
 
-    `check` gets the folder with the configuration before any weight is fetched, and raises what is wrong with it.
+    weights: False leaves the safetensors out. `check` gets the folder with the configuration before any weight is
+    fetched, and raises what is wrong with it.
 
     Returns: the folder and the commit. Raises UserError.
     """
@@ -64,8 +67,9 @@ def model_folder(repository: str, revision: str | None, check: Callable[[Path, s
 
     with hub_errors(repository):
         check(Path(hf_hub_download(repository, "config.json", revision=revision)).parent, repository)
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=MODEL_FILES))
-    if not any(folder.glob("*.safetensors")):
+        patterns = MODEL_FILES if weights else MODEL_FILES[1:]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{repository}: the repository has no safetensors weights; choose a --revision that has.")
     return folder, folder.name
 

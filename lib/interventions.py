@@ -1,13 +1,16 @@
 """Edits of neuron activations, as data: which neurons of which layer, and by what.
 
-The line that applies them stands in each script, inside its trace.
+The line that applies them stands in each script, inside its trace. Light, as scripts import it at their top.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class LayerEdit(NamedTuple):
@@ -78,9 +81,9 @@ def clamp(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Plan:
 
 def shift(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Plan:
     """Add `post - pre` to the masked neurons' own activations. All `[n_layers, d_mlp]`."""
-    return Plan("shift", mask, torch.zeros_like(pre), post - pre)
+    return Plan("shift", mask, 0 * pre, post - pre)
 
 
 def scale(mask: torch.Tensor, factor: torch.Tensor) -> Plan:
     """Multiply the masked neurons' own activations by a factor each. All `[n_layers, d_mlp]`."""
-    return Plan("scale", mask, torch.ones_like(factor), factor)
+    return Plan("scale", mask, 0 * factor + 1, factor)

@@ -7,6 +7,7 @@ GPT-2, `mlp.down_proj` elsewhere), and its value vector is that map's row (Geva 
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Source:
     path: str  # a folder
     revision: str
     adapter: str | None = None  # a folder of LoRA weights in PEFT's format, for the model in `path`
+    asked: str | None = None  # the Hub revision that the user asked for
 
 
 def short_name(name: str) -> str:
@@ -69,29 +71,40 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def resolve(name: str, revision: str | None = None, option: str = "--model") -> Source:
+def resolve(name: str, revision: str | None = None, option: str = "--model", weights: bool = True) -> Source:
     """Turn what an option was given into files: an embedded model is unpacked, a Hub id is pinned to its commit.
+
+    weights: False leaves them where they are: the model runs on NDIF, which knows models by their Hub ids alone.
 
     Raises:
         UserError: unknown name, unsupported family, gated or missing repository, no network, no disk space.
     """
-    if name in EMBEDDED:
-        folder = unpack(name)
-        source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
-    elif (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter, revision = str(Path(name).resolve()), "sha256:" + folder_sha256(Path(name))
+        if not weights:
+            return Source(name, "", revision, adapter)
         base = resolve(*_base_of(Path(name), option), option=option)
         if base.adapter:
             raise UserError(f"{option} {name}: adapts a model that is a LoRA checkpoint itself; merge that one first.")
-        return Source(name, base.path, "sha256:" + folder_sha256(Path(name)), str(Path(name).resolve()))
+        return Source(name, base.path, revision, adapter)
+    on_hub = name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not weights and (Path(name).is_dir() or not on_hub):
+        raise UserError(
+            f"{option} {name}: with --remote a model is named by its Hub id (owner/name, or {', '.join(MODELS)}); "
+            "run this one without --remote."
+        )
+    if name in EMBEDDED:
+        folder = unpack(name)
+        source = Source(name, str(folder), json.loads((folder / "source.json").read_text())["gguf_sha256"])
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{option} {name}: the folder holds no config.json; give one written by save_pretrained.")
         source = Source(name, str(Path(name).resolve()), "sha256:" + folder_sha256(Path(name)))
-    elif name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif on_hub:
         from lib.hub import model_folder
 
-        folder, commit = model_folder(MODELS.get(name, name), revision, read_family)
-        source = Source(name, str(folder), commit)
+        folder, commit = model_folder(MODELS.get(name, name), revision, read_family, weights)
+        source = Source(name, str(folder), commit, asked=revision)
     else:
         known = ", ".join([*EMBEDDED, *MODELS])
         raise UserError(f"{option} {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
@@ -138,8 +151,10 @@ def pick_dtype(dtype: str, device: str):
     return getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype)
 
 
-def load(source: Source, device: str = "cpu", dtype: str = "auto"):
+def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool = False):
     """Load a model with its weights, ready for `model.trace` and `model.generate`; its tokenizer pads on the left.
+
+    hosted: without its weights, for traces on NDIF.
 
     Raises:
         UserError: files missing, gated, truncated, or weights that are not finite.
@@ -149,6 +164,8 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of single weights: the scripts show their own steps
+    if hosted:
+        return _load_hosted(source)
     device = pick_device(device)
     try:
         model = TransformersModel(
@@ -166,6 +183,26 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto"):
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
     model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
     return model
+
+
+def _load_hosted(source: Source):
+    """A model of the right shape without weights, under the Hub id that NDIF knows it by."""
+    from nnsight import TransformersModel
+    from transformers import GenerationConfig
+
+    from lib.hub import hub_errors
+
+    repository = MODELS.get(source.name, source.name)
+    with hub_errors(repository):
+        model = TransformersModel(repository, task="text-generation", tokenizer=repository, revision=source.asked)
+    if (Path(source.path) / "generation_config.json").is_file():  # a model built from its configuration leaves it out
+        model._module.generation_config = GenerationConfig.from_pretrained(source.path)
+    return model
+
+
+def input_device(model):
+    """Where a batch of tokens belongs: with the weights, or on the CPU when they are on a server."""
+    return "cpu" if model.device.type == "meta" else model.device
 
 
 def complete(module, source: Source) -> None:
@@ -196,8 +233,14 @@ def complete(module, source: Source) -> None:
                     linear.bias = torch.nn.Parameter(tensors.get_tensor(name).to(linear.weight))
 
 
-def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto"):
-    """Load a model that was trained from `base`. Raises UserError when its shape is another one."""
+def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto", traced: bool = False):
+    """Load a model that was trained from `base`. Raises UserError when its shape is another one.
+
+    traced: a LoRA checkpoint stays beside `base` and is added inside every trace (`adapted`), as on NDIF, which hosts
+        no model but the base.
+    """
+    if traced and source.adapter:
+        return adapted(base, source)
     model = load(source, device, dtype)
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
         ours, theirs = getattr(base._module.config, name), getattr(model._module.config, name)
@@ -206,6 +249,74 @@ def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto"):
                 f"--post {source.name}: its {name} is {theirs}, the base model's is {ours}; it is another model."
             )
     return model
+
+
+def adapted(base, source: Source):
+    """`base` with a LoRA checkpoint in PEFT's format, applied inside every trace: the base model's weights stay as is.
+
+    Each adapted linear map's output gains `scale * (x A^T) B^T`, A `[r, in]`, B `[out, r]` (Hu et al. 2021). What a
+    script's trace writes into such a map's input in place is part of its x.
+
+    Returns: an nnsight model that shares `base`'s weights; its `.lora` holds {path of the map: (A, scale * B)}.
+
+    Raises:
+        UserError: unreadable, another kind of adapter, or one of another model's shape.
+    """
+    lora = read_lora(base, source)
+    ordered = [path for path, _ in base._module.named_modules() if path in lora]  # as the model runs them
+    # The loop below ends when the model does, which nnsight takes for a mistake.
+    warnings.filterwarnings("ignore", rf"'model\.{re.escape(ordered[0])}\.input\.i\d+' was never reached")
+    with base.edit() as (tracer, model):
+        for _ in tracer.iter[:]:
+            for path in ordered:
+                down, up = lora[path]
+                linear = reach(model, path)
+                x, y = linear.input, linear.output  # x is read when it is used: edits in place have happened
+                linear.output = y + ((x.to(down.dtype) @ down.T.to(x.device)) @ up.T.to(x.device)).to(y.dtype)
+    tracer.info = None  # it holds a frame that is gone, and has to travel
+    model.__dict__["lora"] = lora
+    return model
+
+
+def read_lora(base, source: Source) -> dict:
+    """{path of a linear map: (A `[r, in]`, scale * B `[out, r]`)} of a LoRA checkpoint in PEFT's format.
+
+    Raises:
+        UserError: unreadable, another kind of adapter, or one of another model's shape.
+    """
+    import peft
+    from safetensors import SafetensorError
+
+    given = f"--post {source.name}"
+    try:
+        config = peft.PeftConfig.from_pretrained(source.adapter)
+        weights = peft.load_peft_weights(source.adapter, device="cpu")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{given}: not a readable adapter in PEFT's format ({error}).") from error
+    plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights)
+    if not weights or not plain or getattr(config, "use_dora", False) or config.rank_pattern or config.alpha_pattern:
+        raise UserError(f"{given}: holds more than plain LoRA weights of one rank; merge it, and run it locally.")
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    shapes = {path: module for path, module in base._module.named_modules() if hasattr(module, "weight")}
+    lora = {}
+    for name in weights:
+        if not name.endswith(".lora_A.weight"):
+            continue
+        path = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        down, up = weights[name], scale * weights[name.replace("lora_A", "lora_B")]
+        shape = tuple(shapes[path].weight.shape) if path in shapes else None
+        ours = (up.shape[0], down.shape[1])
+        if shape != (ours[::-1] if FAMILIES[base._module.config.model_type].transposed else ours):
+            raise UserError(
+                f"{given}: its {path} is of shape {list(ours)}, the model's {shape}; it is another model's."
+            )
+        lora[path] = (down, up)
+    return lora
+
+
+def torch_module(model):
+    """The torch module of an nnsight model; a torch module itself."""
+    return getattr(model, "_module", model)
 
 
 def reach(module, path: str):
@@ -247,14 +358,18 @@ def unembed(model, residual):
     return cap * (logits / cap).tanh() if cap else logits
 
 
-def value_vectors(module, layer: int):
-    """Value vectors of one layer, `[d_mlp, d_model]`, float32. `module`: the torch model."""
-    kind = FAMILIES[module.config.model_type]
-    weight = reach(reach(module, kind.layers)[layer], kind.mlp_out).weight.detach().float()
-    return weight if kind.transposed else weight.T
+def value_vectors(model, layer: int):
+    """Value vectors of one layer, `[d_mlp, d_model]`, float32. `model`: torch or nnsight."""
+    kind = FAMILIES[model.config.model_type]
+    weight = reach(reach(model, kind.layers)[layer], kind.mlp_out).weight.detach().float()
+    rows = weight if kind.transposed else weight.T
+    if added := model.__dict__.get("lora", {}).get(f"{kind.layers}.{layer}.{kind.mlp_out}"):  # see `adapted`
+        down, up = (part.to(rows) for part in added)
+        rows = rows + down.T @ up.T
+    return rows
 
 
-def write_gain(module, layer: int):
+def write_gain(model, layer: int):
     """What the residual stream sees of a value vector, elementwise, `[d_model]`: ones, or Gemma's norm weight.
 
     Gemma 2 and 3 pass the MLP's output y through `post_feedforward_layernorm` before adding it: y / rms(y) * (1 + g).
@@ -262,10 +377,10 @@ def write_gain(module, layer: int):
     """
     import torch
 
-    kind = FAMILIES[module.config.model_type]
+    kind = FAMILIES[model.config.model_type]
     if kind.post_norm is None:
-        return torch.ones(module.config.hidden_size, device=module.device)
-    return 1 + reach(reach(module, kind.layers)[layer], kind.post_norm).weight.detach().float()
+        return torch.ones(model.config.hidden_size, device=model.device)
+    return 1 + reach(reach(model, kind.layers)[layer], kind.post_norm).weight.detach().float()
 
 
 def parse_neuron(name: str, layers: int, neurons: int, given: str) -> tuple[int, int]:

@@ -15,9 +15,10 @@ from lib import artifacts, generation
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.generation import NEW_TOKENS, batches, end_ids, greedy, right_padded
-from lib.models import FAMILIES, Source, d_mlp, mlp_out, n_layers, short_name, value_vectors, write_gain
+from lib.models import FAMILIES, Source, d_mlp, input_device, mlp_out, n_layers, short_name, value_vectors, write_gain
 from lib.probes import Probe
 from lib.protocol import Protocol
+from lib.remote import Server, at_weights, session
 
 GROUPS = ("TP", "TN", "AP", "AN")
 
@@ -38,31 +39,33 @@ def mean_activations(
 
     The sums are taken in float64 inside the generation's own trace, at the position that predicts each new token (the
     prompt's last token and the new tokens but the last); steps after a row's end of text do not count. No second
-    forward pass is run, and on a server only two `[n_layers, d_mlp]` tensors come back.
+    forward pass is run. On a server all batches are one request, and two `[n_layers, d_mlp]` tensors come back.
     """
     kind = FAMILIES[model._module.config.model_type]
     sizes = (2, n_layers(model), d_mlp(model))
     epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
     ends = torch.tensor(sorted(end_ids(model)))
-    place = "cpu" if model.device.type == "mps" else model.device  # where float64 is: Apple's GPUs have none
     total, count = torch.zeros(sizes, dtype=torch.float64), 0.0
-    for batch in batches(model.tokenizer, prompts, batch_size, model.device):
-        rows = len(batch["input_ids"])
-        with model.generate(batch, remote=remote, **greedy(new_tokens)) as tracer:
+    every = list(batches(model.tokenizer, prompts, batch_size, input_device(model)))
+    for part in [every] if remote else [[batch] for batch in every]:
+        with session(model, remote):
+            place = "cpu" if model.device.type == "mps" else model.device  # where float64 is: Apple's GPUs have none
             sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
             steps = nnsight.save(torch.zeros(1, dtype=torch.float64, device=place))
-            alive = torch.ones(rows, dtype=torch.float64, device=place)
-            for _ in tracer.iter[:new_tokens]:
-                for layer in range(sizes[1]):
-                    neurons = mlp_out(model, layer)
-                    m = neurons.input[:, -1].to(place).double()  # [rows, d_mlp]
-                    sums[0, layer] += alive @ m
-                    if kind.post_norm:
-                        power = neurons.output[:, -1].to(place).double().square().mean(-1)  # [rows]
-                        sums[1, layer] += (alive * (power + epsilon).rsqrt()) @ m
-                steps += alive.sum()
-                token = model.lm_head.output[:, -1].argmax(-1).to(place)  # the greedy choice
-                alive = alive * ~torch.isin(token, ends.to(place))
+            for batch in part:
+                alive = torch.ones(len(batch["input_ids"]), dtype=torch.float64, device=place)
+                with model.generate(batch, **greedy(new_tokens)) as tracer:
+                    for _ in tracer.iter[:new_tokens]:
+                        for layer in range(sizes[1]):
+                            neurons = mlp_out(model, layer)
+                            m = neurons.input[:, -1].to(place).double()  # [rows, d_mlp]
+                            sums[0, layer] += alive @ m
+                            if kind.post_norm:
+                                power = neurons.output[:, -1].to(place).double().square().mean(-1)  # [rows]
+                                sums[1, layer] += (alive * (power + epsilon).rsqrt()) @ m
+                        steps += alive.sum()
+                        token = model.lm_head.output[:, -1].argmax(-1).to(place)  # the greedy choice
+                        alive = alive * ~torch.isin(token, ends.to(place))
         total += sums.cpu()
         count += float(steps)
         yield Means(total[0] / count, (total[1] if kind.post_norm else total[0]) / count)
@@ -76,17 +79,15 @@ def text_means(model, rows: list[list[int]], counted: list[range], batch_size: i
         counted: the positions of each text that count; `range(len(prompt) - 1, len(text) - 1)` are those that
             `mean_activations` counts of a prompt and its continuation.
     """
-    total, count = torch.zeros(2, n_layers(model), d_mlp(model), dtype=torch.float64), 0
+    weighted = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
-        (batch,) = right_padded(rows[part], batch_size, model.device)
+        (batch,) = right_padded(rows[part], batch_size, input_device(model))
         weights = torch.zeros(batch["input_ids"].shape, dtype=torch.float64)
         for row, positions in enumerate(counted[part]):
             weights[row, positions.start : positions.stop] = 1
-        total += _weighted_sums(model, batch, weights, remote)
-        count += int(weights.sum())
-    activation, write = total / count
-    return Means(activation, write)
+        weighted.append((batch, weights))
+    return _weighted_means(model, weighted, remote)
 
 
 def released_means(model, prompts: list[str], batch_size: int, seed: int, remote=False) -> Means:
@@ -97,44 +98,47 @@ def released_means(model, prompts: list[str], batch_size: int, seed: int, remote
     them the new tokens' own positions, and end-of-text padding after a row that ended. Sums in float64, where the
     released code's float16 overflows.
     """
-    total, count = torch.zeros(2, n_layers(model), d_mlp(model), dtype=torch.float64), 0
     longest = getattr(model._module.config, "max_position_embeddings", 1024) - NEW_TOKENS
-    torch.manual_seed(seed)
-    for batch in batches(model.tokenizer, prompts, batch_size, model.device, max_tokens=longest):
-        with model.generate(batch, max_new_tokens=NEW_TOKENS, remote=remote) as tracer:
-            ids = tracer.result.save()
+    every = list(batches(model.tokenizer, prompts, batch_size, input_device(model), max_tokens=longest))
+    with session(model, remote):
+        texts = nnsight.save([])
+        torch.manual_seed(seed)
+        for batch in every:
+            with model.generate(batch, max_new_tokens=NEW_TOKENS) as tracer:
+                ids = tracer.result.save()
+            texts.append(ids.cpu())
+    weighted = []
+    for batch, ids in zip(every, texts, strict=True):
         new = torch.ones_like(ids[:, batch["input_ids"].shape[1] :])
-        whole = {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], new], 1)}
+        mask = torch.cat([batch["attention_mask"].cpu(), new], 1)
         weights = torch.zeros(ids.shape, dtype=torch.float64)
         weights[:, -NEW_TOKENS:] = 1
-        total += _weighted_sums(model, whole, weights, remote)
-        count += int(weights.sum())
-    activation, write = total / count
-    return Means(activation, write)
+        place = input_device(model)
+        weighted.append(({"input_ids": ids.to(place), "attention_mask": mask.to(place)}, weights))
+    return _weighted_means(model, weighted, remote)
 
 
-def _weighted_sums(model, batch: dict, weights: torch.Tensor, remote) -> torch.Tensor:
-    """Sums of m and of m / rms(MLP output) over weighted positions, `[2, n_layers, d_mlp]` float64.
-
-    weights `[batch, positions]`.
-    """
+def _weighted_means(model, weighted: list[tuple[dict, torch.Tensor]], remote) -> Means:
+    """Means of m and of m / rms(MLP output) over weighted positions of (batch, weights `[batch, positions]`) pairs."""
     kind = FAMILIES[model._module.config.model_type]
     epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
     sizes = (2, n_layers(model), d_mlp(model))
-    place = "cpu" if model.device.type == "mps" else model.device
-    with model.trace(batch, logits_to_keep=1, remote=remote):
+    with session(model, remote):
+        place = "cpu" if model.device.type == "mps" else model.device
         sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
-        weight = weights.to(place)
-        for layer in range(sizes[1]):
-            neurons = mlp_out(model, layer)
-            m = neurons.input.to(place).double()  # [batch, positions, d_mlp]
-            sums[0, layer] = torch.einsum("bp,bpn->n", weight, m)
-            if kind.post_norm:
-                power = neurons.output.to(place).double().square().mean(-1)  # [batch, positions]
-                sums[1, layer] = torch.einsum("bp,bpn->n", weight * (power + epsilon).rsqrt(), m)
-            else:
-                sums[1, layer] = sums[0, layer]
-    return sums.cpu()
+        for batch, weights in weighted:
+            weight = weights.to(place)
+            with model.trace(batch, logits_to_keep=1):
+                for layer in range(sizes[1]):
+                    neurons = mlp_out(model, layer)
+                    m = neurons.input.to(place).double()  # [batch, positions, d_mlp]
+                    sums[0, layer] += torch.einsum("bp,bpn->n", weight, m)
+                    if kind.post_norm:
+                        power = neurons.output.to(place).double().square().mean(-1)  # [batch, positions]
+                        sums[1, layer] += torch.einsum("bp,bpn->n", weight * (power + epsilon).rsqrt(), m)
+    count = sum(float(weights.sum()) for _, weights in weighted)
+    activation, write = sums.cpu() / count
+    return Means(activation, write if kind.post_norm else activation)
 
 
 def cached_means(
@@ -150,7 +154,7 @@ def cached_means(
         "prompts": prompts.sha256,
         "n_prompts": len(prompts.items),
         "batch_size": batch_size,
-        "remote": remote,
+        "remote": remote.host if isinstance(remote, Server) else remote,
         "code": artifacts.code_version(__file__, generation.__file__),
     }
 
@@ -170,21 +174,25 @@ def cached_means(
     return load_activations(folder / "means.safetensors", (n_layers(model), d_mlp(model)))
 
 
-def value_projections(module, probe: Probe, through_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each value vector's product with the probe's unit direction, and its cosine, `[n_layers, d_mlp]` float64 each.
+def value_projections(model, unit: torch.Tensor, through_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each value vector's product with a unit direction, and its cosine, `[n_layers, d_mlp]` float64 each.
 
     Args:
-        module: the torch model.
+        model: torch or nnsight.
+        unit: `[d_model]` float64, such as a probe's.
         through_norm: see each value vector as the residual stream does, after Gemma's `post_feedforward_layernorm`
             (`lib.models.write_gain`). False: the weight's own row, as the papers' code does. No difference for
             families without that norm.
     """
     projections, cosines = [], []
-    for layer in range(module.config.num_hidden_layers):
-        vectors = value_vectors(module, layer).cpu().double()  # [d_mlp, d_model]
+    for layer in range(model.config.num_hidden_layers):
+        vectors = value_vectors(model, layer)  # [d_mlp, d_model]
+        if vectors.device.type == "mps":  # Apple's GPUs have no float64
+            vectors = vectors.cpu()
+        vectors = vectors.double()
         if through_norm:
-            vectors = vectors * write_gain(module, layer).cpu().double()
-        product = vectors @ probe.unit
+            vectors = vectors * write_gain(model, layer).to(vectors)
+        product = vectors @ unit.to(vectors)
         projections.append(product)
         cosines.append(product / vectors.norm(dim=-1).clamp(min=1e-30))
     return torch.stack(projections), torch.stack(cosines)
@@ -239,11 +247,12 @@ def top(scores: torch.Tensor, n: int) -> torch.Tensor:
     return mask.view_as(scores)
 
 
-def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Protocol) -> dict:
+def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Protocol, remote=False) -> dict:
     """What each neuron writes along the probe before and after DPO, and the groups that follow.
 
     Args:
-        base, post: the nnsight models before and after DPO.
+        base, post: the nnsight models before and after DPO. post None: only its means are known, and the base model's
+            value vectors, which DPO hardly moves (Lee 5.1), stand for its own.
         pre, after: their mean activations.
         protocol: `value_vectors` says whether a write is what reaches the residual stream (Gemma's norm after the MLP
             is part of it; other families have none) or the weight's own row times the plain mean activation.
@@ -251,8 +260,10 @@ def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Prot
     Returns: `pre`, `post`, `cosine`, `delta`, each `[n_layers, d_mlp]` float64, and `groups`, four bool masks.
     """
     written = protocol.value_vectors == "written"
-    projection_pre, cosine = value_projections(base._module, probe, through_norm=written)
-    projection_post, _ = value_projections(post._module, probe, through_norm=written)
+    projection_pre, cosine = at_weights(value_projections, base, probe.unit, written, remote=remote)
+    projection_post = projection_pre
+    if post is not None:
+        projection_post, _ = at_weights(value_projections, post, probe.unit, written, remote=remote)
     pre_write, post_write = (means.write if written else means.activation for means in (pre, after))
     delta = attribution(pre_write, projection_pre, post_write, projection_post)
     return {

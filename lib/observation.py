@@ -42,19 +42,27 @@ def write(run, rows: list[dict], published: dict, **params) -> dict:
             dtype=str(run.base.dtype).removeprefix("torch."),
             device=run.device,
             seconds=round(time.monotonic() - run.started, 1),
+            **({"remote": run.remote.record()} if run.hosted else {}),
         ),
     }
     results.write_json(run.work / "run.json", record)
     return record
 
 
-def continue_greedily(model, batch: dict, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]`."""
-    from lib.generation import greedy
+def continue_greedily(model, batches: list[dict], remote=False) -> list:
+    """Greedy new tokens `[batch, NEW_TOKENS]` of each batch."""
+    import nnsight
 
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
-        ids = tracer.result.save()
-    return ids[:, batch["input_ids"].shape[1] :]
+    from lib.generation import greedy
+    from lib.remote import session
+
+    with session(model, remote):
+        found = nnsight.save([])
+        for batch in batches:
+            with model.generate(batch, **greedy()) as tracer:
+                ids = tracer.result.save()
+            found.append(ids[:, batch["input_ids"].shape[1] :].cpu())
+    return found
 
 
 def own_text(run) -> tuple[list[list[int]], list[range]]:
@@ -62,17 +70,25 @@ def own_text(run) -> tuple[list[list[int]], list[range]]:
 
     The end-of-text token is kept: the position that predicts it counts in `mean_activations` too.
     """
-    from lib.generation import batches, end_ids
+    from lib.generation import end_ids
 
     ends, rows, counted = end_ids(run.base), [], []
-    for batch in batches(run.base.tokenizer, run.prompts.items, run.batch_size, run.base.device):
-        new = continue_greedily(run.base, batch, run.options["remote"] or False).tolist()
-        for padded, real, ids in zip(batch["input_ids"], batch["attention_mask"].bool(), new, strict=True):
+    asked = prompts_of(run)
+    for batch, new in zip(asked, continue_greedily(run.base, asked, run.remote), strict=True):
+        for padded, real, ids in zip(batch["input_ids"], batch["attention_mask"].bool(), new.tolist(), strict=True):
             prompt = padded[real].tolist()
             kept = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
             rows.append(prompt + ids[:kept])
             counted.append(range(len(prompt) - 1, len(prompt) + kept - 1))
     return rows, counted
+
+
+def prompts_of(run) -> list[dict]:
+    """The prompts' batches, padded on the left."""
+    from lib.generation import batches
+    from lib.models import input_device
+
+    return list(batches(run.base.tokenizer, run.prompts.items, run.batch_size, input_device(run.base)))
 
 
 def percent(mask) -> float:

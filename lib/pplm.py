@@ -47,7 +47,7 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
         batch: `{"input_ids", "attention_mask"}`, padded on the left.
         noise: Gumbel noise `[rows, new_tokens, top_k]`.
     """
-    ids, attention = batch["input_ids"], batch["attention_mask"]
+    ids, attention = (batch[name].to(network.device) for name in ("input_ids", "attention_mask"))
     bos = -1 if network.tokenizer.bos_token_id is None else network.tokenizer.bos_token_id
     ones = attention.new_ones(len(ids), 1)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import nnsight
 import numpy as np
 import torch
 from rich.console import Console
@@ -11,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import FAMILIES, layers, reach
+from lib.models import FAMILIES, input_device, layers, reach
+from lib.remote import session
 
 PADDED_LENGTH = 128  # tokens, as the released code pads
 TEXT_LENGTH = 256  # longer comments are cut
@@ -71,9 +73,10 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
     padded = over == "padded"
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # neighbours pad little
     found = np.zeros((len(texts), model._module.config.hidden_size), dtype=np.float32)
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    final_norm = reach(model, FAMILIES[model._module.config.model_type].final_norm)
-    for rows in track(batches, "Probe features", console=Console(stderr=True), disable=len(batches) < 4):
+    place = reach(model, FAMILIES[model._module.config.model_type].final_norm) if padded else layers(model)[-1]
+    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    prepared = []
+    for rows in parts:
         batch = model.tokenizer(
             [texts[row] for row in rows],
             padding="max_length" if padded else True,
@@ -83,16 +86,25 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
             return_tensors="pt",
             return_special_tokens_mask=True,
             return_token_type_ids=False,
-        ).to(model.device)
+        ).to(input_device(model))
         special = batch.pop("special_tokens_mask").bool()
         if padded:
             batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, model.tokenizer.eos_token_id)
         counted = torch.ones_like(special) if padded else batch["attention_mask"].bool() & ~special
         weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
-        with model.trace(dict(batch), logits_to_keep=1, remote=remote):
-            residual = final_norm.output if padded else layers(model)[-1].output  # [batch, positions, d_model]
-            mean = (residual.float() * weights.to(residual.device)).sum(1).save()
-        found[rows] = mean.cpu().numpy()
+        prepared.append((rows, dict(batch), weights))
+    requests = [prepared] if remote else [[one] for one in prepared]  # on a server all are one request
+    console = Console(stderr=True)
+    for request in track(requests, "Probe features", console=console, disable=len(requests) < 4):
+        with session(model, remote):
+            means = nnsight.save([])
+            for _, batch, weights in request:
+                with model.trace(batch, logits_to_keep=1):
+                    residual = place.output  # [batch, positions, d_model]
+                    mean = (residual.float() * weights.to(residual.device)).sum(1)
+                means.append(mean.cpu())
+        for (rows, _, _), mean in zip(request, means, strict=True):
+            found[rows] = mean.numpy()
     return found
 
 

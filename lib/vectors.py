@@ -10,6 +10,7 @@ from lib.models import FAMILIES, parse_neuron, reach, value_vectors, write_gain
 from lib.neurons import top, value_projections
 from lib.probes import Probe
 from lib.protocol import Protocol
+from lib.remote import at_weights
 
 SPANNED = {"sound": (128, None), "faithful": (512, 100)}  # best value vectors of an SVD; of each layer at most (Lee)
 
@@ -27,7 +28,7 @@ def read_words(given: str | None, option: str) -> list[str]:
     return text.split()
 
 
-def contrast(model, away: list[str], towards: list[str], both: bool) -> Probe:
+def contrast(model, away: list[str], towards: list[str], both: bool, remote=False) -> Probe:
     """Mean embedding of the `away` words minus that of the `towards` words (Yang table 7), as a direction `[d_model]`.
 
     A word is the mean of its sub-tokens' rows, written without a leading space, as in the released code.
@@ -37,28 +38,41 @@ def contrast(model, away: list[str], towards: list[str], both: bool) -> Probe:
         both: of the unembedding and the input embedding, each difference at length 1 (often one matrix). False: of the
             unembedding alone, as in the released code.
     """
-    module, tokenizer = model._module, model.tokenizer
-    tables = [module.get_output_embeddings().weight, *([module.get_input_embeddings().weight] if both else [])]
-    direction = torch.zeros(module.config.hidden_size, dtype=torch.float64)
-    for table in tables:
-        means = [mean_row(table, tokenizer, words) for words in (away, towards)]
-        direction += (means[0] - means[1]) / (means[0] - means[1]).norm()
+    ids = [_sub_tokens(model.tokenizer, words) for words in (away, towards)]
+    direction = torch.zeros(model._module.config.hidden_size, dtype=torch.float64)
+    for table in ("output", "input") if both else ("output",):
+        first, second = at_weights(mean_rows, model, table, ids, remote=remote)
+        direction += (first - second) / (first - second).norm()
     return Probe(direction.float(), 0.0)
 
 
-def concept(model, words: list[str]) -> Probe:
+def concept(model, words: list[str], remote=False) -> Probe:
     """Mean unembedding of a concept's words minus the mean of all tokens, as a direction `[d_model]`."""
-    table = model._module.get_output_embeddings().weight
-    return Probe((mean_row(table, model.tokenizer, words) - table.detach().mean(0).cpu().double()).float(), 0.0)
+    own, every = at_weights(mean_rows, model, "output", [_sub_tokens(model.tokenizer, words), None], remote=remote)
+    return Probe((own - every).float(), 0.0)
 
 
-def mean_row(table: torch.Tensor, tokenizer, words: list[str]) -> torch.Tensor:
-    """Mean over words of the mean over each word's sub-tokens, `[d_model]` float64. table `[vocab, d_model]`."""
-    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    return torch.stack([table[row].detach().cpu().double().mean(0) for row in ids]).mean(0)
+def _sub_tokens(tokenizer, words: list[str]) -> list[list[int]]:
+    return [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
 
 
-def named(module, name: str, probe: Probe, seed: int, protocol: str, written: bool) -> Probe:
+def mean_rows(model, table: str, sets: list[list[list[int]] | None]) -> torch.Tensor:
+    """For each set of words the mean over words of the mean over each word's sub-tokens, `[n_sets, d_model]` float64.
+
+    table: `output`, the unembedding, or `input`. sets: sub-tokens of each word of each set; None: every token's row.
+    """
+    module = model._module
+    rows = (module.get_output_embeddings() if table == "output" else module.get_input_embeddings()).weight.detach()
+    means = []
+    for words in sets:
+        if words is None:
+            means.append(rows.mean(0).cpu().double())
+        else:
+            means.append(torch.stack([rows[ids].cpu().double().mean(0) for ids in words]).mean(0))
+    return torch.stack(means)
+
+
+def named(model, name: str, probe: Probe, seed: int, protocol: str, written: bool, remote=False) -> Probe:
     """A direction by its name, with its own length, `[d_model]`.
 
     Args:
@@ -75,16 +89,17 @@ def named(module, name: str, probe: Probe, seed: int, protocol: str, written: bo
         return probe
     if kind == "random":
         return Probe(torch.randn(probe.direction.shape, generator=torch.Generator().manual_seed(seed)), 0.0)
-    _, cosine = value_projections(module, probe, through_norm=written)
+    _, cosine = at_weights(value_projections, model, probe.unit, written, remote=remote)
     if kind == "value":
         if rest:
             layer, index = parse_neuron(rest, *cosine.shape, f"--vector {name}")
+            place = layer * cosine.shape[1] + index
         else:
-            layer, index = divmod(int(cosine.argmax()), cosine.shape[1])
-        row = value_vectors(module, layer)[index]
-        return Probe((row * write_gain(module, layer) if written else row).cpu(), 0.0)
+            place = int(cosine.argmax())
+        row = at_weights(rows_of, model, torch.tensor([place]), written, remote=remote)[0]
+        return Probe(row.float(), 0.0)
     n, per_layer = SPANNED[protocol]
-    rows = unit_vectors(module, ranked(cosine, per_layer)[:n], written)
+    rows = at_weights(unit_vectors, model, ranked(cosine, per_layer)[:n], written, remote=remote)
     if int(rest) >= min(rows.shape):
         raise UserError(f"--vector {name}: {len(rows)} value vectors have directions 0 to {min(rows.shape) - 1}.")
     return Probe(subspace(rows, int(rest) + 1)[0][int(rest)].float(), 0.0)
@@ -101,20 +116,28 @@ def ranked(cosine: torch.Tensor, per_layer: int | None = None) -> torch.Tensor:
     return cosine.flatten().argsort(descending=True)[: int(cosine.isfinite().sum())]
 
 
-def unit_vectors(module, flat: torch.Tensor, written: bool) -> torch.Tensor:
-    """Value vectors at length 1, `[n, d_model]` float64.
+def rows_of(model, flat: torch.Tensor, written: bool) -> torch.Tensor:
+    """Value vectors, `[n, d_model]` float64.
 
-    flat: `[n]`, places in a flattened `[n_layers, d_mlp]`. written: as the residual stream sees them, through Gemma's
-    norm; else raw rows.
+    Args:
+        model: torch or nnsight.
+        flat: `[n]`, places in a flattened `[n_layers, d_mlp]`.
+        written: as the residual stream sees them, through Gemma's norm; else raw rows.
     """
     vectors = None
-    for layer in range(module.config.num_hidden_layers):
-        rows = value_vectors(module, layer)  # [d_mlp, d_model]
+    for layer in range(model.config.num_hidden_layers):
+        rows = value_vectors(model, layer)  # [d_mlp, d_model]
         if vectors is None:
             vectors = torch.zeros(len(flat), rows.shape[1], dtype=torch.float64)
         here = flat // len(rows) == layer
-        gain = write_gain(module, layer).cpu().double() if written else 1
+        gain = write_gain(model, layer).cpu().double() if written else 1
         vectors[here] = rows[(flat[here] % len(rows)).to(rows.device)].cpu().double() * gain
+    return vectors
+
+
+def unit_vectors(model, flat: torch.Tensor, written: bool) -> torch.Tensor:
+    """Value vectors at length 1, `[n, d_model]` float64; see `rows_of`."""
+    vectors = rows_of(model, flat, written)
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
@@ -128,24 +151,32 @@ def subspace(vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     return directions, values[:k].square() / values.square().sum()
 
 
-@torch.no_grad()
-def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = False) -> list[list[str]]:
+def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = False, remote=False) -> list[list[str]]:
     """The n tokens whose unembedding has the largest product with each direction (the logit lens; Yang table 1).
 
     directions `[n_directions, d_model]`. normed: after the model's final norm, as the released code projects value
     vectors (its toxic-token lists); the norm's weight changes which tokens come first.
     """
+    ids = at_weights(nearest_ids, model, directions, n, normed, remote=remote)
+    return [[model.tokenizer.decode([i]) for i in row] for row in ids]
+
+
+@torch.no_grad()
+def nearest_ids(model, directions: torch.Tensor, n: int, normed: bool) -> list[list[int]]:
+    """Token ids of `nearest_tokens`."""
     unembedding = model._module.get_output_embeddings().weight
     directions = directions.to(unembedding.device, unembedding.dtype)
     if normed:
-        directions = reach(model._module, FAMILIES[model._module.config.model_type].final_norm)(directions)
+        directions = reach(model._module, FAMILIES[model.config.model_type].final_norm)(directions)
     found = []
     for part in directions.split(16):  # products over 262,144 tokens are 1 MB a direction
         found += (part @ unembedding.T).float().topk(n).indices.tolist()
-    return [[model.tokenizer.decode([i]) for i in row] for row in found]
+    return found
 
 
-def lenses(model, directions: torch.Tensor, protocol: Protocol, n: int = 10) -> dict[str, list[list[str]]]:
+def lenses(
+    model, directions: torch.Tensor, protocol: Protocol, n: int = 10, remote=False
+) -> dict[str, list[list[str]]]:
     """The n nearest tokens of each direction, by each way that the protocol reads them: `raw`, `normed` or both."""
     ways = {"raw": False, "normed": True} if protocol.lens == "both" else {"normed": True}
-    return {name: nearest_tokens(model, directions, n, normed) for name, normed in ways.items()}
+    return {name: nearest_tokens(model, directions, n, normed, remote) for name, normed in ways.items()}

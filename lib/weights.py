@@ -2,22 +2,30 @@
 
 import torch
 
+from lib.models import FAMILIES, torch_module
+
 KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
 CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes
 
 
-def changes(base, post) -> dict[str, dict[str, float]]:
+def changes(post, base) -> dict[str, dict[str, float]]:
     """What training changed of the parameters, by kind, and of `all` (Lee et al. 2024, 5.1).
 
     Args:
-        base, post: torch models before and after. A bias that training added starts at 0.
+        post, base: models after and before, torch or nnsight. A bias that training added starts at 0.
 
     Returns: for each kind `entries` and how many of them `changed`; the `lowest_cosine` of a parameter with itself;
         the `mean_change` of an entry; and `relative_change`, the length of the change over that of the parameters.
     """
-    before, sums = dict(base.named_parameters()), {}
-    for name, parameter in post.named_parameters():
-        y = parameter.detach().flatten()
+    before, sums = dict(torch_module(base).named_parameters()), {}
+    lora = post.__dict__.get("lora", {})  # see `lib.models.adapted`
+    for name, parameter in torch_module(post).named_parameters():
+        y = parameter.detach()
+        if added := lora.get(name.removesuffix(".weight")):
+            down, up = (part.to(y) for part in added)
+            change = up @ down
+            y = y + (change.T if FAMILIES[post.config.model_type].transposed else change)
+        y = y.flatten()
         x = before[name].detach().flatten() if name in before else torch.zeros_like(y)
         found = dict.fromkeys(("n", "changed", "change", "squares", "own", "dot", "yy"), 0)
         for first, second in zip(x.split(CHUNK), y.split(CHUNK), strict=True):

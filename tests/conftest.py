@@ -110,6 +110,23 @@ def traced(tiny):
     return model
 
 
+class Run:
+    """What functions of scripts look at of an experiment that runs here."""
+
+    remote = False
+
+    def __init__(self, base, protocol):
+        self.base, self.protocol = base, protocol
+
+    def cosines(self, direction):
+        from lib.experiment import Experiment
+
+        return Experiment.cosines(self, direction)
+
+    def at_weights(self, function, *arguments):
+        return function(self.base, *arguments)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of one's own."""

@@ -52,13 +52,13 @@ def test_every_half_layer_against_raw_hooks(family, traced, tiny):
     finally:
         for handle in handles:
             handle.remove()
-    assert torch.equal(script.next_tokens(model, batch), targets)
-    found = script.lens(model, batch, targets)
+    assert torch.equal(script.next_tokens(model, [batch])[0], targets)
+    (found,) = script.lens(model, [(batch, targets)])
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
     own = logits.softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found[-1], own, rtol=1e-4, atol=1e-6)
-    assert torch.equal(script.lens(model, batch, targets, "local"), found)
-    assert torch.equal(script.next_tokens(model, batch, "local"), targets)
+    assert torch.equal(script.lens(model, [(batch, targets)], "local")[0], found)
+    assert torch.equal(script.next_tokens(model, [batch], "local")[0], targets)
 
 
 def test_the_summary_by_hand():
@@ -90,7 +90,7 @@ def test_tokens_must_be_single(traced):
 def test_the_script(inputs, tmp_path, traced):  # noqa: F811
     model, asked = traced("llama"), texts("prompts", "prompt")[:24]
     (batch,) = batches(model.tokenizer, asked, len(asked))
-    tokens = [model.tokenizer.decode([i]) for i in script.next_tokens(model, batch).tolist()]
+    tokens = [model.tokenizer.decode([i]) for i in script.next_tokens(model, [batch])[0].tolist()]
     first = next(t for t in tokens if len(model.tokenizer.encode(t, add_special_tokens=False)) == 1)
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
     given = {k: v for k, v in inputs.items() if k not in ("--probe", "--limit")} | {"--prompts": prompts}

@@ -225,8 +225,6 @@ def test_bad_input_is_one_line(tiny, tmp_path):
     assert again.returncode == 2 and "exists" in again.stderr, "an existing file is not overwritten"
     none = make(tiny, tmp_path, "none.jsonl", "--method", "best-of-n", "--min-gap", 1.1)
     assert none.returncode == 2 and "lower --min-gap" in none.stderr and not (tmp_path / "none.jsonl").exists()
-    remote = make(tiny, tmp_path, "none.jsonl", "--remote", "local")
-    assert remote.returncode == 2 and "best-of-n" in remote.stderr and "Traceback" not in remote.stderr
     save_file({"direction": torch.ones(7)}, tmp_path / "small.safetensors")
     small = make(tiny, tmp_path, "none.jsonl", "--probe", tmp_path / "small.safetensors")
     assert small.returncode == 2 and "another model" in small.stderr
@@ -240,3 +238,11 @@ def test_the_trace_can_be_shipped(traced):
     here = script.least_and_most_toxic(traced("llama"), 3, score, 5, asked)
     assert script.least_and_most_toxic(traced("llama"), 3, score, 5, asked, remote="local") == here
     assert script.least_and_most_toxic(traced("llama"), 3, score, 6, asked) != here
+
+
+def test_pplm_can_be_shipped(traced):
+    """Its gradient steps too run inside one session."""
+    model, asked = traced("gemma3_text"), dict(enumerate(["The river", "Music is loud"]))
+    settings = pplm.PPLM(**{**vars(TABLE_6), "iterations": 2})
+    here = script.greedy_and_toxic(model, probe(), settings, 5, asked)
+    assert script.greedy_and_toxic(model, probe(), settings, 5, asked, remote="local") == here

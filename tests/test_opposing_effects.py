@@ -94,13 +94,13 @@ def test_value_vectors_are_compared_with_themselves(family, tiny):
     from lib.models import reach
 
     base, post = (AutoModelForCausalLM.from_pretrained(tiny(family)) for _ in range(2))
-    assert script.lowest_value_cosine(base, post) == pytest.approx(1)
+    assert script.lowest_value_cosine(post, base) == pytest.approx(1)
     weight = reach(reach(post, KINDS[family].layers)[2], KINDS[family].mlp_out).weight.data
     vector = weight[7] if family == "gpt2" else weight[:, 7]
     before = vector.clone()
     vector += 3 * torch.randn(len(vector), generator=torch.Generator().manual_seed(0))
     expected = float(before @ vector / before.norm() / vector.norm())
-    assert expected < 0.9 and script.lowest_value_cosine(base, post) == pytest.approx(expected, abs=1e-6)
+    assert expected < 0.9 and script.lowest_value_cosine(post, base) == pytest.approx(expected, abs=1e-6)
 
 
 def test_continuations_can_be_shipped_and_equal_transformers(family, traced, tiny):
@@ -108,11 +108,11 @@ def test_continuations_can_be_shipped_and_equal_transformers(family, traced, tin
 
     model = traced(family)
     (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
-    found = observation.continue_greedily(model, batch)
+    (found,) = observation.continue_greedily(model, [batch])
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tiny(family)).eval().generate(**batch, **greedy())
     assert torch.equal(found, expected[:, -NEW_TOKENS:])
-    assert torch.equal(observation.continue_greedily(model, batch, "local"), found)
+    assert torch.equal(observation.continue_greedily(model, [batch], "local")[0], found)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["whole", "ended"])

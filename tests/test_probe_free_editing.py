@@ -5,20 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, NEURONS, ROOT, load_script, run
+from conftest import FAMILIES, LAYERS, NEURONS, ROOT, Run, load_script, run
 from test_cli import inputs  # noqa: F401  a fixture
 
 from lib import neurons, protocol, vectors
 from lib.probes import Probe
 
 script = load_script("probe_free_editing")
-
-
-class Run:
-    """What the functions of the script look at of an experiment."""
-
-    def __init__(self, base, settings=protocol.SOUND):
-        self.base, self.protocol = base, settings
 
 
 class Stage:
@@ -36,8 +29,8 @@ def test_the_equation_of_section_6(traced, family, kind):
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(LAYERS, NEURONS, generator=generator, dtype=torch.float64)
     probe = Probe(torch.randn(model._module.config.hidden_size, generator=generator), 0.0)
-    plan = script.make_plan(Run(model), Stage(pre), probe, kind, "cosine", alpha=0.3, beta=1.0)
-    _, cosine = neurons.value_projections(model._module, probe, through_norm=True)
+    plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, kind, "cosine", alpha=0.3, beta=1.0)
+    _, cosine = neurons.value_projections(model._module, probe.unit, through_norm=True)
     edit = {layer.layer: layer for layer in plan.edit()}
     for layer in range(LAYERS):
         for index in range(NEURONS):
@@ -54,8 +47,8 @@ def test_every_edit_moves_away_from_the_direction(traced):
     model = traced("llama")
     pre = torch.randn(LAYERS, NEURONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     probe = Probe(torch.randn(model._module.config.hidden_size), 0.0)
-    projection, _ = neurons.value_projections(model._module, probe, through_norm=True)
-    plan = script.make_plan(Run(model), Stage(pre), probe, "clamp", "cosine", alpha=0.2, beta=1.0)
+    projection, _ = neurons.value_projections(model._module, probe.unit, through_norm=True)
+    plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, "clamp", "cosine", alpha=0.2, beta=1.0)
     for strength, sign in ((1.0, -1), (-1.0, 1)):
         moved = plan.start + strength * (plan.target - plan.start)
         assert (sign * ((moved - pre) * projection) > 0).all()
@@ -65,10 +58,10 @@ def test_beta_takes_the_share_of_every_group(traced):
     model = traced("gpt2")
     pre = torch.randn(LAYERS, NEURONS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     probe = Probe(torch.randn(model._module.config.hidden_size), 0.0)
-    _, cosine = neurons.value_projections(model._module, probe, through_norm=True)
+    _, cosine = neurons.value_projections(model._module, probe.unit, through_norm=True)
     masks = neurons.groups(cosine, pre)
     for order in ("cosine", "activation"):
-        plan = script.make_plan(Run(model), Stage(pre), probe, "scale", order, alpha=0.3, beta=0.55)
+        plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, "scale", order, alpha=0.3, beta=0.55)
         for mask in masks.values():
             chosen = plan.mask & mask
             assert int(chosen.sum()) == round(0.55 * int(mask.sum()))

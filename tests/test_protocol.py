@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, NEURONS, ROOT, WIDTH, load_script, run, texts, write_lines
+from conftest import LAYERS, NEURONS, ROOT, WIDTH, Run, load_script, run, texts, write_lines
 from safetensors.torch import load_file
 from test_traces import ALL, FIRST, LAST, example_edit, hooked, modules, raw_generate, raw_nll
 from transformers import AutoModelForCausalLM
@@ -51,17 +51,13 @@ def measured(model, settings, edit=NO_EDIT, prompts=PROMPTS, scorer=no_scores, b
     """What is measured of an edit under a protocol, and the texts; seen: collects what `generate` was called with."""
     tokens = evaluation.make_texts(model, prompts, PASSAGES, "--passages here", settings)
 
-    def generate(batch, where):
+    def generate(model, batch, edit, where):
         if seen is not None:
             seen.append(({name: tensor.clone() for name, tensor in batch.items()}, where))
         return patch.generate(model, batch, edit, where)
 
-    def likelihood(batch, where):
-        return patch.negative_log_likelihood(model, batch, edit, where)
-
-    found = evaluation.measure(
-        model, tokens, scorer, 4, settings, generate, likelihood, edited=edit is not NO_EDIT, brief=brief
-    )
+    likelihood = patch.negative_log_likelihood
+    found = evaluation.measure(model, tokens, scorer, 4, settings, generate, likelihood, edit, brief)
     return found, tokens
 
 
@@ -161,9 +157,7 @@ def test_b_scale_keeps_each_token_s_own_activation_and_clamp_does_not(traced):
     (batch,) = right_padded([[2, 30, 31, 32, 33], [2, 50, 51, 52, 53]], 2)
     after = {}
     for kind in ("none", "scale", "clamp"):
-        plan = kind != "none" and script.make_plan(
-            SimpleNamespace(base=model, protocol=SOUND), stage, probe, kind, "cosine", alpha=0.3, beta=1.0
-        )
+        plan = kind != "none" and script.make_plan(Run(model, SOUND), stage, probe, kind, "cosine", alpha=0.3, beta=1.0)
         handle = mlp_out(model, 0)._module.register_forward_hook(
             lambda m, args, out, kind=kind: after.update({kind: args[0].clone()})
         )
@@ -171,7 +165,7 @@ def test_b_scale_keeps_each_token_s_own_activation_and_clamp_does_not(traced):
             script.negative_log_likelihood(model, batch, plan.edit() if plan else NO_EDIT, ALL)
         finally:
             handle.remove()
-    _, cosine = neurons.value_projections(model._module, probe, True)
+    _, cosine = neurons.value_projections(model._module, probe.unit, True)
     factor = (1 - 0.3 * cosine.sign() * pre.sign())[0].float()
     assert {round(x, 6) for x in factor.tolist()} == {0.7, 1.3}
     torch.testing.assert_close(after["scale"], after["none"] * factor)
@@ -585,7 +579,7 @@ def test_p_lists_of_tokens_from_the_raw_vector_or_after_the_norm(family, traced)
         products = {"raw": head @ vector, "normed": head @ norm(vector[None])[0]}
     expected = {name: [model.tokenizer.decode([i]) for i in p.topk(10).indices] for name, p in products.items()}
     for settings, names in ((SOUND, {"raw", "normed"}), (with_released("lens"), {"normed"})):
-        first = patch.anti_toxic_vectors(SimpleNamespace(base=model, protocol=settings), {"cosine": cosine})[0]
+        first = patch.anti_toxic_vectors(Run(model, settings), {"cosine": cosine})[0]
         assert first["neuron"] == f"L{layer}.N{index}" and first["cosine"] == cosine.min()
         assert first["tokens"] == {name: expected[name] for name in names}
 
@@ -629,9 +623,9 @@ def test_q_the_script_takes_the_order_from_the_protocol(traced):
     pre = torch.randn(LAYERS, NEURONS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     stage = SimpleNamespace(pre_means=neurons.Means(pre, pre))
     probe = probes.Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)), 0.0)
-    _, cosine = neurons.value_projections(model._module, probe, True)
+    _, cosine = neurons.value_projections(model._module, probe.unit, True)
     for settings in (SOUND, with_released("beta_order")):
-        run = SimpleNamespace(base=model, protocol=settings)
+        run = Run(model, settings)
         plan = script.make_plan(run, stage, probe, "clamp", "cosine", alpha=0.3, beta=0.5)
         for name, group in neurons.groups(cosine, pre).items():
             inside, outside = cosine[group & plan.mask].abs(), cosine[group & ~plan.mask].abs()

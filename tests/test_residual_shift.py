@@ -68,7 +68,7 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
     """What MLPs write along the offset, by hooks on their outputs, is what the two MLP parts add up to."""
     (stage,) = begun.stages()
     row, figures = script.measure(begun, stage, CHOSEN)
-    prompts = [ids for batch in script.batches_of(begun) for ids in script.unpadded(batch)]
+    prompts = [ids for batch in observation.prompts_of(begun) for ids in script.unpadded(batch)]
     pre, post = (observed(tiny(family, seed), prompts, family) for seed in (0, 1))
     for name, expected in (("pre", pre), ("post", post)):
         for layer in (0, 2):
@@ -96,9 +96,9 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
 
 
 def test_the_trace_can_be_shipped(begun):
-    (batch,) = script.batches_of(begun)
-    here = script.observe(begun.base, batch, [0, 2], CHOSEN)
-    for found, expected in zip(script.observe(begun.base, batch, [0, 2], CHOSEN, "local"), here, strict=True):
+    (batch,) = observation.prompts_of(begun)
+    here = script.observe(begun.base, [batch], [0, 2], CHOSEN)
+    for found, expected in zip(script.observe(begun.base, [batch], [0, 2], CHOSEN, "local"), here, strict=True):
         assert torch.equal(found, expected)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, load_script, run
+from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, Run, load_script, run
 from test_cli import inputs  # noqa: F401  a fixture
 
 from lib import neurons, protocol
@@ -16,13 +16,6 @@ from lib.probes import Probe
 script = load_script("toxic_neurons_not_enough")
 
 
-class Run:
-    """What the functions of the script look at of an experiment."""
-
-    def __init__(self, base, settings):
-        self.base, self.protocol = base, settings
-
-
 @pytest.mark.parametrize("settings", [protocol.SOUND, protocol.FAITHFUL], ids=["sound", "faithful"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_neuron_is_toxic_by_the_tokens_nearest_to_its_value_vector(traced, family, settings):
@@ -30,7 +23,7 @@ def test_a_neuron_is_toxic_by_the_tokens_nearest_to_its_value_vector(traced, fam
     model = traced(family)
     module, tokenizer = model._module, model.tokenizer
     probe = Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)), 0.0)
-    _, cosine = neurons.value_projections(module, probe, through_norm=True)
+    _, cosine = neurons.value_projections(module, probe.unit, through_norm=True)
     bad = {tokenizer.decode([i]) for i in range(40, 60)}
     judged = script.judge_tokens(
         Run(model, settings), cosine, lambda tokens: np.array([float(token in bad) for token in tokens])

@@ -246,7 +246,7 @@ def test_value_projections(family, traced, raw):
     module = modules(raw, family)[2]
     weight = module.weight.detach().double()
     row = weight[7] if family == "gpt2" else weight[:, 7]
-    projection, cosine = neurons.value_projections(traced(family)._module, probe, through_norm=False)
+    projection, cosine = neurons.value_projections(traced(family)._module, probe.unit, through_norm=False)
     assert projection[2, 7].item() == pytest.approx(float(row @ unit), rel=1e-6)
     assert cosine[2, 7].item() == pytest.approx(float(row @ unit / row.norm()), rel=1e-6)
 

@@ -17,7 +17,7 @@ def test_changes_by_hand():
         post["mlp"].weight[:] = torch.tensor([[3.0, 4.5]])
         post["mlp"].bias[:] = 0.5  # an added bias starts at 0
         base["embed"].weight[:] = post["embed"].weight[:] = 12.0
-    found = changes(base, post)
+    found = changes(post, base)
     cosine = (9 + 18) / (5 * (9 + 4.5**2) ** 0.5)
     assert found["MLP"] == {
         "entries": 3, "changed": 2, "lowest_cosine": pytest.approx(cosine), "mean_change": pytest.approx(1 / 3),
