@@ -93,9 +93,10 @@ def attribute(run, stage, probe=None) -> dict:
     """Attribution (eq. 2) and groups (table 4) by the stage's probe, or by another direction."""
     from lib import neurons
 
-    return neurons.attribute(
+    found = neurons.attribute(
         run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol, run.remote
     )
+    return found | {"post_means": stage.post_means}
 
 
 def names(order: tuple[str, ...]) -> list[str]:
@@ -168,6 +169,7 @@ def write(run, found: dict) -> dict:
     name = run.options["model"]
     tensors = {key: found[key].float().contiguous() for key in ("pre", "post", "cosine", "delta")}
     save_file(tensors, run.work / "activations.safetensors")
+    found["post_means"].save(run.work / "means_after_dpo.safetensors")
     delta, pre, post = (found[key].numpy() for key in ("delta", "pre", "post"))
     masks = {group: mask.numpy() for group, mask in found["groups"].items()}
     record = run.finish(

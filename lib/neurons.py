@@ -31,6 +31,10 @@ class Means:
     write: torch.Tensor  # mean of m / rms(MLP output): what reaches the residual stream; equals `activation` where
     # the family has no norm after its MLP
 
+    def save(self, path: Path) -> None:
+        """Write `activation` and `write`, which `load_activations` reads (`--post means:FILE`)."""
+        save_file({"activation": self.activation, "write": self.write.clone()}, path)
+
 
 def mean_activations(
     model, prompts: list[str], batch_size: int, new_tokens: int = NEW_TOKENS, remote=False
@@ -160,15 +164,14 @@ def cached_means(
 
     def build(folder: Path) -> None:
         if released:
-            final = released_means(model, prompts.items, batch_size, seed, remote)
-            save_file({"activation": final.activation, "write": final.write.clone()}, folder / "means.safetensors")
+            released_means(model, prompts.items, batch_size, seed, remote).save(folder / "means.safetensors")
             return
         n_batches = -(-len(prompts.items) // batch_size)
         running = mean_activations(model, prompts.items, batch_size, remote=remote)
         console = Console(stderr=True)
         for means in track(running, f"Mean activations of {short_name(source.name)}", n_batches, console=console):
             final = means
-        save_file({"activation": final.activation, "write": final.write.clone()}, folder / "means.safetensors")
+        final.save(folder / "means.safetensors")
 
     folder = artifacts.make("activations", fields, build)
     return load_activations(folder / "means.safetensors", (n_layers(model), d_mlp(model)))

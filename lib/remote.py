@@ -140,7 +140,8 @@ class Sent(RemoteBackend):
     def __init__(self, model, server: Server):
         with hub_errors(model.repo_id):  # the Hub says how the model's name is spelled
             super().__init__(model.to_model_key(), host=server.host, env=model._remoteable_get_env(), blocking=False)
-        self.server, self.display.enabled, self.verbose = server, False, False
+        self.server, self.repository, self.returned = server, model.repo_id, 0
+        self.display.enabled = self.verbose = False
 
     def __call__(self, tracer) -> None:
         blob = self._serialize(tracer)
@@ -156,7 +157,7 @@ class Sent(RemoteBackend):
         """The result of the request that holds `blob`. Raises UserError."""
         for _ in range(SENT_AGAIN):
             self.job_id, known = self.remembered()
-            if not (known and self.status(UNSEEN)):
+            if not (known and self.look(UNSEEN)):
                 self.hand_in(blob)
             ended = self.wait()
             if ended.status == Status.COMPLETED:
@@ -192,12 +193,12 @@ class Sent(RemoteBackend):
             except RemoteError as error:
                 cause = error.__cause__
                 # Otherwise the fault may have come after the server took the request.
-                if not_taken(cause) or not self.status(UNSEEN):
+                if not_taken(cause) or not self.look(UNSEEN):
                     raise cause from None
 
         self.server.trying(send)
 
-    def status(self, seconds: float = 0) -> ResponseModel | None:
+    def look(self, seconds: float = 0) -> ResponseModel | None:
         """The request's latest status; None: the server does not know it, or not within so many seconds."""
         until = time.monotonic() + seconds
         while True:
@@ -213,7 +214,7 @@ class Sent(RemoteBackend):
         """The status with which the request ended. Raises UserError when nothing changes for too long."""
         last, since, pause = None, time.monotonic(), POLL[0]
         while True:
-            now = self.status()
+            now = self.look()
             if now and now.status in (Status.COMPLETED, Status.ERROR):
                 return now
             if now and str(now) != str(last):
@@ -264,14 +265,14 @@ class Sent(RemoteBackend):
         if self.server.verbose:
             self.server.say(description)
         lines = [line.strip() for line in description.strip().splitlines() if line.strip()]
-        what, repository = lines[-1] if lines else "no reason given", self.model_key
+        what = lines[-1] if lines else "no reason given"
         if "Could not deploy" in description:
             what = f"{' '.join(lines)} {deployed(self.server)}"
         elif "out of memory" in description.lower():
             what += "; give a smaller --batch-size"
         elif "execution timeout" in description:
             what += "; give a smaller --limit, so that one condition takes less"
-        return without_key(f"NDIF at {self.host}, {repository}: {what}")
+        return without_key(f"NDIF at {self.host}, {self.repository}: {what}")
 
 
 class ResultUnreadable(Exception):

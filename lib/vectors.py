@@ -161,16 +161,16 @@ def nearest_tokens(model, directions: torch.Tensor, n: int = 10, normed: bool = 
     return [[model.tokenizer.decode([i]) for i in row] for row in ids]
 
 
-@torch.no_grad()
 def nearest_ids(model, directions: torch.Tensor, n: int, normed: bool) -> list[list[int]]:
     """Token ids of `nearest_tokens`."""
     unembedding = model._module.get_output_embeddings().weight
     directions = directions.to(unembedding.device, unembedding.dtype)
-    if normed:
-        directions = reach(model._module, FAMILIES[model.config.model_type].final_norm)(directions)
     found = []
-    for part in directions.split(16):  # products over 262,144 tokens are 1 MB a direction
-        found += (part @ unembedding.T).float().topk(n).indices.tolist()
+    with torch.no_grad():
+        if normed:
+            directions = reach(model._module, FAMILIES[model.config.model_type].final_norm)(directions)
+        for part in directions.split(16):  # products over 262,144 tokens are 1 MB a direction
+            found += (part @ unembedding.T).float().topk(n).indices.tolist()
     return found
 
 

@@ -5,12 +5,20 @@ A repository whose name starts with `gated` answers 403, `private` 401, `truncat
 
 import hashlib
 import json
+import math
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "c0ffee" + "0" * 34
+
+
+def parameters(file: Path) -> int:
+    """How many numbers a safetensors file holds, from its header: NDIF sizes models by this."""
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def make_handler(root: Path):
@@ -42,7 +50,9 @@ def make_handler(root: Path):
                 return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
             if api:
                 files = [{"rfilename": p.name} for p in sorted(folder.iterdir())]
+                count = sum(parameters(p) for p in folder.glob("*.safetensors"))
                 info = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": files, "private": False}
+                info["safetensors"] = {"total": count, "parameters": {"F32": count}}
                 return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
             file = folder.joinpath(*parts[4:])
             if parts[3] not in {"main", COMMIT}:

