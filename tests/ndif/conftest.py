@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hub_server import hub
 from proxy import Proxy
+from records import compare, record
 from server import KEY, MODEL, NDIF
 from tiny_models import ROOT, build_model, build_tokenizer
 
@@ -55,7 +56,8 @@ def client(ndif, tmp_path_factory):
     ndif.caches = {name: home / name for name in ("here", "remote")}
 
     def run(script: str, *options, cache="remote", timeout=300, wait=True, **environment):
-        command = [sys.executable, *(["-m", "dpo"] if script == "dpo" else [ROOT / "experiments" / f"{script}.py"])]
+        file = script if isinstance(script, Path) else ROOT / "experiments" / f"{script}.py"
+        command = [sys.executable, *(["-m", "dpo"] if script == "dpo" else [file])]
         settings = {
             **os.environ, "HF_ENDPOINT": ndif.hub, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1",
             "NDIF_HOST": f"http://127.0.0.1:{ndif.front.port}", "NDIF_API_KEY": KEY, "COLUMNS": "200",
@@ -93,3 +95,25 @@ def adapter(client, hub_root, tmp_path_factory):
 def out(tmp_path):
     yield tmp_path / "out"
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def twice(client, hub_root):
+    """Run a script here and on the service into `out/here` and `out/remote`; returns the second's stderr."""
+
+    def run(script, out, *options, model=MODEL, file=""):
+        for place, where in {"here": (hub_root / model,), "remote": (model, "--remote", "-v")}.items():
+            done = client(script, "--model", *where, *options, "--out", out / place / file, cache=place)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def probe(twice, tmp_path_factory):
+    """A probe of the tiny model."""
+    out = tmp_path_factory.mktemp("probe")
+    twice("train_probe", out)
+    compare(record(out / "here"), record(out / "remote"))
+    return out / "here" / "probe.safetensors"

