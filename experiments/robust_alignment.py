@@ -222,7 +222,7 @@ def robustness(run, sizes: dict[str, list[dict]]) -> list[dict]:
         variant = level(name, "none")
         row = {"variant": name}
         row |= {key: sum(one[key] for one in found) / len(found) for key in ("changed", "relative_change")}
-        row["percent_cut"] = 100 * float((base - variant).mean() / base.mean())
+        row["percent_cut"] = 100 * float((base - variant).mean() / base.mean()) if base.any() else None
         if share := shares(variant, level(f"{name} un-aligned", "keys")):
             plain = share if name == "dpo" else plain
             row["percent_restored"] = interval(*share)
@@ -264,9 +264,10 @@ def report(console, record: dict) -> None:
         view.add_column(name, justify="left" if name == "trained" else "right", no_wrap=True)
     shares = ("percent_restored", "restored_minus_dpo", "percent_restored_random")
     for row in record["robustness"]:
+        cut = "-" if row["percent_cut"] is None else f"{row['percent_cut']:.0f}"
         view.add_row(
             "all (plain DPO)" if row["variant"] == "dpo" else row["variant"],
-            f"{row['changed']:,.0f}", f"{row['relative_change']:.1e}", f"{row['percent_cut']:.0f}",
+            f"{row['changed']:,.0f}", f"{row['relative_change']:.1e}", cut,
             *(with_interval(row.get(key), 0) for key in shares),
         )  # fmt: skip
     console.print(view)

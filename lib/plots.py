@@ -192,7 +192,8 @@ def top_activations(pre: np.ndarray, post: np.ndarray, path: Path) -> None:
 
 def reduction_bars(rows: list[dict], path: Path) -> None:
     """Share of DPO's cut in toxicity that each edit makes (%), with intervals, and the published one (table 3)."""
-    shown = [row for row in rows if row["kind"] != "none" and row["percent_of_dpo"]["mean"] is not None]
+    edits = [row for row in rows if row["kind"] != "none" and "percent_of_dpo" in row]  # not with --post means:FILE
+    shown = [row for row in edits if row["percent_of_dpo"]["mean"] is not None]
     figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(shown) + 1.4))
     colors = {"clamp": "#c0392b", "shift": "#2c5aa0", "scale": "#148f77"}
     for place, row in enumerate(shown):

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections.abc import Callable
 
 BUFFER = 1 << 16
 
@@ -10,7 +9,8 @@ BUFFER = 1 << 16
 class Proxy:
     """Forwards connections of one request each to a port on 127.0.0.1, and counts them by path.
 
-    A fault, `proxy.fault(what, path, times)`, meets the next `times` requests whose path starts with `path`:
+    A fault, `proxy.fault(what, path, times, after)`, meets `times` requests whose path starts with `path`, when `after`
+    more of them have gone by:
 
     status:503      is answered so, and not forwarded
     refuse          the connection is closed before anything is forwarded
@@ -19,14 +19,13 @@ class Proxy:
     """
 
     def __init__(self, port: int):
-        self.target, self.faults, self.seen, self.forwarded = port, [], [], []
+        self.target, self.faults, self.forwarded = port, [], []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        self.on_request: Callable[[str], None] | None = None  # called with each path before it is forwarded
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def fault(self, what: str, path: str, times: int = 1) -> None:
-        self.faults += [(what, path)] * times
+    def fault(self, what: str, path: str, times: int = 1, after: int = 0) -> None:
+        self.faults += [("", path)] * after + [(what, path)] * times
 
     def close(self) -> None:
         self.socket.close()
@@ -45,9 +44,6 @@ class Proxy:
             if not head:
                 return
             path = head.split(b" ", 2)[1].decode(errors="replace")
-            self.seen.append(path)
-            if self.on_request:
-                self.on_request(path)
             what = next((fault for fault in self.faults if path.startswith(fault[1])), None)
             if what:
                 self.faults.remove(what)
@@ -82,6 +78,7 @@ class Proxy:
             except OSError:
                 return
             if kind == "lose":
+                connection.shutdown(socket.SHUT_RDWR)  # closing alone waits for the thread that reads from it
                 return
             if kind == "garble":
                 begin, _, body = answer.partition(b"\r\n\r\n")

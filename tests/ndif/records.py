@@ -4,7 +4,7 @@ import json
 import math
 
 TEXT = ("--prompts", "embedded", "--limit", 4)
-PASSAGES = ("--passages", "embedded", "--scorer", "words")
+PASSAGES = ("--passages", "embedded", "--scorer", "profanity-check")
 UNLIKE = {"provenance", "seconds", "seconds_per_prompt", "model"}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from records import PASSAGES, TEXT, compare, lines, record
 from server import MODEL
+from transformers import AutoTokenizer
 
 from lib.embedded import unpack
 from lib.probes import Probe
@@ -17,16 +18,23 @@ SCRIPTS = {
     "robust_alignment": (*TEXT, *PASSAGES),
     "opposing_effects": TEXT,
     "residual_shift": TEXT,
-    "logit_lens": (*TEXT, "--tokens", ",".join("abcdefghijklmnopqrstuvwxyz")),
+    "logit_lens": TEXT,
     "toxic_subspace": (*TEXT, "--top", 16),
     "toxic_vectors": ("--top", 16),
 }
 
 
+def single_tokens(hub_root) -> list[str]:
+    """Texts that the tiny model's tokenizer makes one token of: some of them are what it says next."""
+    tokenizer = AutoTokenizer.from_pretrained(hub_root / MODEL)
+    every = sorted({tokenizer.decode([i]) for i in range(3, len(tokenizer))} - {","})
+    return [text for text in every if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script(twice, adapter, probe, out, script):
+def test_a_script(twice, hub_root, adapter, probe, out, script):
     options = list(SCRIPTS[script])
-    options += ["--probe", probe] if script != "logit_lens" else []
+    options += ["--probe", probe] if script != "logit_lens" else ["--tokens", ",".join(single_tokens(hub_root))]
     options += ["--post", f"lora:{adapter}"] if script != "toxic_vectors" else []
     options += ["--variants", f"lora:{adapter}"] if script == "robust_alignment" else []
     said = twice(script, out, *options)
@@ -39,13 +47,12 @@ def test_a_script(twice, adapter, probe, out, script):
     sent = there["provenance"]["remote"]["requests"]
     assert f"{sent[0]['sent_bytes']:,} bytes sent" in said and f"{MODEL} is" in said
     assert max(one["sent_bytes"] for one in sent) < 100_000 and max(one["returned_bytes"] for one in sent) < 100_000
-    rows = sum(len(row["runs"]) for row in here["rows"] if "runs" in row)
-    assert not rows or f"{rows} conditions" in said or script in ("unalign", "robust_alignment")
+    assert "each one request" in said or "runs" not in here["rows"][0]
 
 
 @pytest.mark.parametrize("method", ["best-of-n", "pplm"])
 def test_make_pairs(twice, probe, out, method):
-    options = ("--method", method, "--limit", 4, "--min-gap", -2, "--probe", probe, "--scorer", "words")
+    options = ("--method", method, "--limit", 4, "--min-gap", -2, "--probe", probe, "--scorer", "profanity-check")
     twice("make_pairs", out, *options, "--iterations", 2, file="pairs.jsonl")
     compare(lines(out / "here" / "pairs.jsonl"), lines(out / "remote" / "pairs.jsonl"))
 
