@@ -172,7 +172,7 @@ OPTIONS = {
     "remote-timeout": click.option(
         "--remote-timeout",
         type=Finite(0, min_open=True),
-        default=600,
+        default=1800,
         show_default=True,
         help="Seconds without news of a request, or of the service, after which it is given up.",
     ),
