@@ -1,4 +1,4 @@
-"""A real NDIF service for the tests of this folder, which `make test-ndif` runs; `make test` leaves them out."""
+"""A real NDIF service for the tests of this folder, which `make test-ndif` runs with this file as a plugin."""
 
 import json
 import os
@@ -14,8 +14,7 @@ from records import compare, record
 from server import KEY, MODEL, NDIF
 from tiny_models import ROOT, build_model, build_tokenizer
 
-ENVIRONMENT = os.environ.get("NDIF_ENVIRONMENT")
-collect_ignore_glob = [] if ENVIRONMENT else ["test_*"]
+ENVIRONMENT = Path(os.environ["NDIF_ENVIRONMENT"])
 
 
 def write_huge(file: Path) -> None:
@@ -51,7 +50,7 @@ def ndif(hub_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ndif")
     with hub(hub_root) as endpoint:
         results = Proxy(0)
-        service = NDIF(Path(ENVIRONMENT), folder, endpoint, results.port)
+        service = NDIF(ENVIRONMENT, folder, endpoint, results.port)
         results.target, service.results, service.hub = service.ports["store"], results, endpoint
         service.front = Proxy(service.ports["api"])
         try:
