@@ -19,6 +19,7 @@ import nnsight
 import tenacity
 import torch
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.intervention.envoy import Envoy
 from nnsight.schema.config import CONFIG
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
@@ -125,9 +126,13 @@ def session(model, remote: Server | str | bool = False):
 def at_weights(function: Callable, model, *arguments, remote: Server | str | bool = False):
     """`function(model, *arguments)`, computed where the weights are; only what it returns travels.
 
+    A second model among the arguments shares the first one's weights (`lib.models.adapted`); one with weights of its
+    own lies here, as the first then does: a server has one model, and both would be taken for it.
+
     function: returns tensors, numbers, texts, or lists and tuples of them.
     """
-    if not remote:
+    others = [other for other in arguments if isinstance(other, Envoy)]
+    if not remote or any(other._module is not model._module for other in others):
         return function(model, *arguments)
     with session(model, remote):
         found = nnsight.save(function(model, *arguments))

@@ -144,3 +144,10 @@ def test_what_is_no_plain_adapter_is_refused(traced, adapter, family, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a readable adapter"):
         adapted(base, Source("here", "", "", str(tmp_path)))
+
+
+def test_two_models_with_weights_of_their_own_are_not_taken_for_one(traced):
+    """A simulated server knows one model by its modules' paths."""
+    base, post = traced("llama"), traced("llama", 1)
+    here = weights.changes(post, base)
+    assert here["all"]["changed"] > 0 and at_weights(weights.changes, post, base, remote="local") == here
