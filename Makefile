@@ -12,7 +12,7 @@ test: .venv/made
 
 # The server has an environment of its own: what it needs and what the project needs exclude each other.
 test-ndif: .venv/made .venv-ndif/made
-	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif PYTHONPATH=tests:tests/ndif $(BIN)/python -m pytest -p fixtures tests/ndif
+	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif PYTHONPATH=tests:tests/ndif $(BIN)/python -m pytest -p service tests/ndif
 
 lint: .venv/made
 	$(BIN)/ruff check .
