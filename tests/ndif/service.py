@@ -66,7 +66,6 @@ def ndif(hub_root, tmp_path_factory):
 def client(ndif, tmp_path_factory):
     """Run a script as a user of the service would; `client(script, *options, **environment)`."""
     home = tmp_path_factory.mktemp("client")
-    ndif.caches = {name: home / name for name in ("here", "remote")}
 
     def run(script: str, *options, cache="remote", timeout=300, wait=True, **environment):
         file = script if isinstance(script, Path) else ROOT / "experiments" / f"{script}.py"
@@ -74,7 +73,7 @@ def client(ndif, tmp_path_factory):
         settings = {
             **os.environ, "HF_ENDPOINT": ndif.hub, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1",
             "NDIF_HOST": f"http://127.0.0.1:{ndif.front.port}", "NDIF_API_KEY": KEY, "COLUMNS": "200",
-            "DPO_NEURONS_CACHE": str(ndif.caches[cache]), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "DPO_NEURONS_CACHE": str(home / cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             **environment,
         }  # fmt: skip
         process = subprocess.Popen(
@@ -114,9 +113,10 @@ def out(tmp_path):
 def twice(client, hub_root):
     """Run a script here and on the service into `out/here` and `out/remote`; returns the second's stderr."""
 
-    def run(script, out, *options, model=MODEL, file=""):
-        for place, where in {"here": (hub_root / model,), "remote": (model, "--remote", "-v")}.items():
-            done = client(script, "--model", *where, *options, "--out", out / place / file, cache=place)
+    def run(script, out, *options, model=MODEL, file="", here=()):
+        for place, where in {"here": (hub_root / model, *here), "remote": (model, "--remote", "-v")}.items():
+            cache = place + model.replace("/", "_")  # the loopback Hub gives all models one commit
+            done = client(script, "--model", *where, *options, "--out", out / place / file, cache=cache)
             assert done.returncode == 0, done.stderr[-3000:]
         return done.stderr
 
