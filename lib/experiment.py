@@ -33,7 +33,7 @@ from lib import (
     remote,
     results,
     tables,
-)  # fmt: skip
+)
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.interventions import NO_EDIT, Plan

@@ -33,6 +33,13 @@ def sent(run: dict) -> int:
     return len(run["provenance"]["remote"]["requests"])
 
 
+def until_there(out, pattern: str) -> None:
+    """Wait for a condition's file: `*.request` of one in flight, `*.json` of one that is finished."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob(pattern)):
+        time.sleep(0.01)
+
+
 def one_line(done, *words) -> None:
     """Exit code 2 and one line that says these words, after the progress."""
     assert done.returncode == 2, done.stderr[-3000:]
@@ -132,9 +139,7 @@ def test_a_killed_run_finds_its_request_again(client, ndif, common, whole, out):
     ndif.front.forwarded.clear()
     process = client("patch_four_groups", *common, "--out", out, wait=False)
     waiting = out.parent / "out.partial" / "conditions"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(waiting.glob("*.request")):
-        time.sleep(0.01)
+    until_there(out, "*.request")
     time.sleep(0.3)  # until it is sent
     process.kill()
     process.communicate()
@@ -150,9 +155,7 @@ def test_a_killed_run_finds_its_request_again(client, ndif, common, whole, out):
 def test_an_actor_that_is_killed_at_work(client, ndif, common, whole, out):
     """NDIF gives the request to a new actor; the rows are the same."""
     process = client("patch_four_groups", *common, "--out", out, wait=False)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.request")):
-        time.sleep(0.01)
+    until_there(out, "*.request")
     actors = ndif.actors()
     for actor in actors:
         actor.kill()
@@ -163,9 +166,7 @@ def test_an_actor_that_is_killed_at_work(client, ndif, common, whole, out):
 
 def test_a_service_that_restarts_between_conditions(client, ndif, common, whole, out):
     process = client("patch_four_groups", *common, "--remote-timeout", 60, "--out", out, wait=False)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.json")):
-        time.sleep(0.01)
+    until_there(out, "*.json")
     ndif.stop_one("api", signal.SIGTERM)
     time.sleep(2)
     ndif.start_api()
@@ -180,9 +181,7 @@ def test_a_service_that_restarts_between_conditions(client, ndif, common, whole,
 def test_a_queue_that_stands_still(client, ndif, common, whole, out):
     """--remote-timeout gives up, in one line; what was finished stays, and the next run goes on."""
     process = client("patch_four_groups", *common, "--remote-timeout", 15, "--out", out, wait=False)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list((out.parent / "out.partial" / "conditions").glob("*.request")):
-        time.sleep(0.01)
+    until_there(out, "*.request")
     stopped = ndif.actors()
     assert stopped
     for actor in stopped:
