@@ -4,7 +4,10 @@
     python -m dpo --model gpt2 --preset lee2024 --pairs pairs.jsonl --out checkpoints/gpt2-dpo
 
 Without --out the checkpoint goes to the cache, where every script looks for it. A killed run goes on from its last
-saved state when the same command is run again.
+saved state when the same command is run again, also with another number of processes.
+
+\b
+    torchrun --nproc-per-node 4 -m dpo --model llama ... weights in shards over 4 GPUs
 """
 
 import json
@@ -73,15 +76,29 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, **change
         "code": artifacts.code_version(*sorted(map(str, Path(__file__).parent.glob("*.py")))),
     }
 
-    def build(folder: Path) -> None:
-        run(source, loaded, config, pick_device(device), dtype, folder)
+    from dpo import sharding
 
-    if out:
-        with artifacts.output(Path(out), fields, overwrite) as folder:
-            build(folder)
-        click.echo(out)
-    else:
-        click.echo(artifacts.make("dpo", fields, build, resumable=True))
+    place = sharding.begin(pick_device(device))
+
+    def build(folder: Path) -> None:
+        run(source, loaded, config, place, dtype, sharding.said_by_first(folder))
+
+    try:
+        if sharding.rank():  # process 0 opens the folder, unless the checkpoint is there already
+            if folder := sharding.said_by_first(None):
+                run(source, loaded, config, place, dtype, folder)
+        elif out:
+            with artifacts.output(Path(out), fields, overwrite) as folder:
+                build(folder)
+            click.echo(out)
+        else:
+            there = artifacts.is_whole(artifacts.folder_of("dpo", fields))
+            made = artifacts.make("dpo", fields, build, resumable=True)
+            if there:
+                sharding.said_by_first(None)
+            click.echo(made)
+    finally:
+        sharding.end()
 
 
 def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
@@ -92,6 +109,7 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from dpo import sharding
     from dpo.train import train
     from lib.models import complete
     from lib.results import versions
@@ -116,7 +134,7 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[said]}"),
     ]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=sharding.rank() > 0)) as bar:
         task = bar.add_task("DPO", total=None, said="reference log-probabilities")
 
         def progress(done: int, total: int, record: dict) -> None:
@@ -129,7 +147,8 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
                 )
 
         train(model, tokenizer, loaded.items, config, folder, about, progress)
-    if (adapter := folder / "adapter_config.json").exists():  # PEFT wrote the folder that the base model lay in
+    adapter = folder / "adapter_config.json"
+    if sharding.rank() == 0 and adapter.exists():  # PEFT wrote the folder that the base model lay in
         described = json.loads(adapter.read_text()) | base_of_adapter(source)
         adapter.write_text(json.dumps(described, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The training loop: one readable function, resumable to the bit."""
+"""The training loop: one readable function, resumable to the bit, in one process or several (`dpo.sharding`)."""
 
 import copy
 import json
@@ -15,6 +15,7 @@ from dpo.checkpoint import load_state, save_state
 from dpo.config import Config
 from dpo.data import TokenPair, collate, order_of, response_logits, split, tokenize
 from dpo.loss import dpo_loss, kl_from_reference, response_log_probs
+from dpo.sharding import rank, said_by_first, save_pretrained, shard, shared, summed, whole, world
 from dpo.trainable import choose
 from lib.data import Pair
 from lib.errors import UserError
@@ -34,26 +35,34 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
     Returns: what training.json says.
 
     Raises:
-        UserError: too few pairs, a response without tokens, a loss that is not finite, no such part to train.
+        UserError: too few pairs, a response without tokens, a loss that is not finite, no such part to train, an update
+            that cannot be dealt out to all processes.
     """
     torch.manual_seed(config.seed)
     model, masks = choose(model, config.trainable)
     prepare(model)
+    entries = trained_entries(model, masks)
     device = next(model.parameters()).device
     tokens = tokenize(tokenizer, pairs, config.max_prompt, config.max_response, config.append_eos)
     train_pairs, valid_pairs = split(tokens, config.valid_fraction, config.seed)
     per_update = config.batch_size * config.accumulate
+    if per_update % world():
+        raise UserError(
+            f"--batch-size {config.batch_size} times --accumulate {config.accumulate} is {per_update} pairs an update, "
+            f"which cannot be dealt out to {world()} processes; give a multiple of their number."
+        )
     n_updates = math.ceil(len(train_pairs) * config.epochs / per_update)
     n_updates = min(n_updates, config.steps or n_updates)
 
-    updates = [_update_pairs(step, per_update, len(train_pairs), config.seed) for step in range(n_updates)]
-    if config.kl_weight:
-        reference = copy.deepcopy(model).requires_grad_(False)
+    updates = [update_pairs(step, per_update, len(train_pairs), config.seed) for step in range(n_updates)]
+    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None
+    masks, skeleton = shard(model, masks)
+    if reference is not None:
+        shard(reference, {})
         train_reference = valid_reference = None
     else:
         # The reference model is the policy before its first update: its log-probabilities are computed now, once,
         # for the pairs that will be seen, and no second model is kept.
-        reference = None
         seen = sorted({index for update in updates for index in update})
         train_reference = dict(
             zip(seen, _log_probs(model, [train_pairs[i] for i in seen], config.batch_size), strict=True)
@@ -69,18 +78,23 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         "waited": 0,
     }
     log = folder / "log.jsonl"
-    _keep_lines(log, state["step"])
+    if rank() == 0:
+        _keep_lines(log, state["step"])
     stopped = "steps"
     for step in range(state["step"], n_updates):
         started = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / (config.warmup + 1))
         chosen = updates[step]
-        batches = [chosen[at : at + config.batch_size] for at in range(0, len(chosen), config.batch_size)]
-        record = objective(model, reference, train_pairs, train_reference, batches, config, device)
+        each = per_update // world()
+        parts = [chosen[at : at + each] for at in range(0, per_update, each)]
+        dealt = [[part[at : at + config.batch_size] for at in range(0, each, config.batch_size)] for part in parts]
+        record = objective(
+            model, reference, train_pairs, train_reference, sum(dealt, []), config, device, len(dealt[0])
+        )
         for parameter, mask in masks.items():
             parameter.grad.mul_(mask)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
         if not (math.isfinite(record["loss"]) and norm.isfinite()):
             raise UserError(
                 f"training diverged at update {step + 1} (loss {record['loss']}, gradient norm {norm:.3g}); "
@@ -97,15 +111,17 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         record["seconds"] = round(time.monotonic() - started, 3)
         last = step + 1 == n_updates
         if valid_pairs and ((step + 1) % config.valid_every == 0 or last):
-            valid = evaluate(model, reference, valid_pairs, valid_reference, config, device)
+            # In every process: where the models are in shards, all have to take part.
+            valid = said_by_first(evaluate(model, reference, valid_pairs, valid_reference, config, device))
             record |= {f"valid_{key}": value for key, value in valid.items()}
             if valid["loss"] < state["best_loss"]:
                 state |= {"best_loss": valid["loss"], "best_step": step + 1, "waited": 0}
-                _save_best(folder / "best", model, tokenizer)
+                _save_best(folder / "best", model, skeleton, tokenizer)
             else:
                 state["waited"] += 1
-        with log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if rank() == 0:
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         if progress:
             progress(step + 1, n_updates, record)
         if valid_pairs and state["waited"] >= config.patience:
@@ -114,19 +130,22 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         if (step + 1) % config.save_every == 0 and not last:
             save_state(folder / "state", model, optimizer, state | {"step": step + 1})
     if not valid_pairs:
-        _save_best(folder / "best", model, tokenizer)
+        _save_best(folder / "best", model, skeleton, tokenizer)
         state |= {"best_step": n_updates, "best_loss": None}
 
     summary = {
         **about,
         "config": asdict(config),
-        "trained_entries": trained_entries(model, masks),
+        "trained_entries": entries,
+        "processes": world(),
         "train_pairs": len(train_pairs),
         "valid_pairs": len(valid_pairs),
         "best_step": state["best_step"],
         "best_valid_loss": state["best_loss"],
         "stopped_by": stopped,
     }
+    if rank():
+        return summary
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     for file in (folder / "best").iterdir():
         os.replace(file, folder / file.name)
@@ -142,7 +161,8 @@ def prepare(model) -> None:
     # Where the head shares the embedding's weight, its gradient is dense and the embedding's touches the batch's tokens
     # alone: added in place (see `objective`) instead of as a second dense [vocab, d_model] tensor, which took a third
     # of the backward pass on a 262,144-token vocabulary.
-    embedding.sparse = embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad
+    tied = embedding.weight is model.get_output_embeddings().weight
+    embedding.sparse = tied and embedding.weight.requires_grad and world() == 1
 
 
 def trained_entries(model, masks: dict) -> int:
@@ -160,13 +180,16 @@ def evaluate(model, reference, pairs: list[TokenPair], log_probs, config: Config
         return objective(model, reference, pairs, log_probs, batches, config, device)
 
 
-def objective(model, reference, pairs, log_probs, batches: list[list[int]], config, device) -> dict[str, float]:
+def objective(
+    model, reference, pairs, log_probs, batches: list[list[int]], config, device, own: int | None = None
+) -> dict[str, float]:
     """The training objective over several batches as if they were one; gradients add up where they are enabled.
 
     Args:
         reference: the reference model when the KL term needs it, else None.
         log_probs: pair index -> the reference's summed log-probabilities (chosen, rejected); unused with `reference`.
         batches: indices into `pairs`.
+        own: how many of the batches are a process's share, when they are dealt out; None: every process takes all.
 
     Returns: `loss`, `accuracy` (share of pairs whose chosen reward is the larger), `margin` of the rewards, `kl`.
     """
@@ -175,10 +198,13 @@ def objective(model, reference, pairs, log_probs, batches: list[list[int]], conf
     # Means over the whole update, so that 4 batches of 1 pair give what 1 batch of 4 pairs gives.
     n_tokens = [sum(int(batch.mask.chunk(2)[side].sum()) for batch in collated) for side in (0, 1)]
     totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "kl": 0.0}
-    for indices, batch in zip(batches, collated, strict=True):
+    mine = slice(None) if own is None else slice(rank() * own, (rank() + 1) * own)
+    for indices, batch in zip(batches[mine], collated[mine], strict=True):
         batch = batch.to(device)
-        embedded = model.get_input_embeddings()(batch.ids)
-        leaf = embedded.detach().requires_grad_(embedded.requires_grad)
+        embedded = leaf = None
+        if world() == 1:
+            embedded = model.get_input_embeddings()(batch.ids)
+            leaf = embedded.detach().requires_grad_(embedded.requires_grad)
         logits = response_logits(model, batch, leaf)
         policy = response_log_probs(logits, batch.targets, batch.mask).chunk(2)
         kl = torch.zeros((), device=device)
@@ -195,31 +221,31 @@ def objective(model, reference, pairs, log_probs, batches: list[list[int]], conf
         losses, chosen, rejected = dpo_loss(*policy, *known, config.beta)
         loss = losses.sum() / n_pairs + config.kl_weight * kl
         if torch.is_grad_enabled():
-            loss.backward()
-            if embedded.requires_grad:
-                embedded.backward(
-                    leaf.grad
-                )  # apart and last: autograd then adds a sparse gradient to the head's in place
+            (world() * loss).backward()  # gradients are averaged over the processes, and this loss is a part of a sum
+            if embedded is not None and embedded.requires_grad:
+                # Apart and last: autograd then adds a sparse gradient to the head's in place.
+                embedded.backward(leaf.grad)
         totals["loss"] += float(loss.detach())
         totals["accuracy"] += float((chosen > rejected).sum()) / n_pairs
         totals["margin"] += float((chosen - rejected).sum()) / n_pairs
         totals["kl"] += float(kl.detach())
-    return totals
+    return totals if own is None else summed(totals)
 
 
 def _log_probs(model, pairs: list[TokenPair], batch_size: int) -> list[tuple[float, float]]:
     """Summed log-probabilities of both responses of each pair."""
     device = next(model.parameters()).device
-    found = []
+    filled = pairs + pairs[-1:] * (-len(pairs) % world())  # every process takes as many
+    mine, found = filled[rank() :: world()], []
     with torch.no_grad():
-        for at in range(0, len(pairs), batch_size):
-            batch = collate(pairs[at : at + batch_size]).to(device)
+        for at in range(0, len(mine), batch_size):
+            batch = collate(mine[at : at + batch_size]).to(device)
             both = response_log_probs(response_logits(model, batch), batch.targets, batch.mask)
             found += zip(*(side.tolist() for side in both.chunk(2)), strict=True)
-    return found
+    return shared(found)[: len(pairs)]
 
 
-def _update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:
+def update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:
     """Indices of the pairs of one update, from a stream of freshly shuffled epochs."""
     places = range(step * per_update, (step + 1) * per_update)
     orders = {epoch: order_of(epoch, n, seed) for epoch in {place // n for place in places}}
@@ -233,13 +259,14 @@ def _optimizer(model, config: Config):
     return kind(parameters, lr=config.learning_rate, weight_decay=0.0)
 
 
-def _save_best(folder: Path, model, tokenizer) -> None:
+def _save_best(folder: Path, model, skeleton, tokenizer) -> None:
     work = folder.with_name("best.new")
-    shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
+    if rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+    save_pretrained(model, skeleton, tokenizer, work)
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
 
 
 def _keep_lines(log: Path, step: int) -> None:

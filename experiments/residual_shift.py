@@ -15,8 +15,8 @@ intervals     over prompts, of each toxic neuron's drop; and each prompt is held
 
 Weights are compared in the run's --dtype: in bfloat16 changes as small as DPO's are mostly rounding.
 
-Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, shifts.safetensors
-and figures/ to runs/residual_shift/<model>/.
+Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post). Writes run.json, figures/, and their
+points and the offsets as shifts.safetensors to runs/residual_shift/<model>/.
 
     python experiments/residual_shift.py
     python experiments/residual_shift.py --model gpt2 --neurons L19.N770,L12.N771,L18.N2669,L13.N668
@@ -25,7 +25,7 @@ and figures/ to runs/residual_shift/<model>/.
 import click
 
 from lib.cli import options
-from lib.models import mlp_norm, mlp_out, value_vectors, write_gain
+from lib.models import mlp_norm, mlp_out
 from lib.observation import OPTIONS, percent, spread
 
 DRAWS = 20  # random directions
@@ -69,8 +69,11 @@ def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
 
     remote = run.remote
     models = {"pre": run.base, "post": stage.post}
-    last = {name: last_positions(run, model, chosen) for name, model in models.items()}
-    prompts = [ids for batch in observation.prompts_of(run) for ids in unpadded(batch)]
+    layers = sorted({layer for layer, _ in chosen})
+    asked = observation.prompts_of(run)
+    activations, shifts = at_weights(observe, stage.post, run.base, asked, layers, chosen, remote=remote)
+    shifts = dict(zip(layers, shifts, strict=True))
+    prompts = [ids for batch in asked for ids in unpadded(batch)]
     at_last = [range(len(ids) - 1, len(ids)) for ids in prompts]
     shared = observation.own_text(run)
     means = {
@@ -81,22 +84,21 @@ def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
     over_prompts = Bootstrap(len(prompts), run.options["seed"])
     found = []
     for at, (layer, index) in enumerate(chosen):
-        before, after = (last[name]["activations"][:, at] for name in models)
+        before, after = activations[:, :, at]
         one = {"neuron": f"L{layer}.N{index}"}
         for text, pair in means.items():
             one[text] = {name: float(mean.activation[layer, index]) for name, mean in zip(models, pair, strict=True)}
         one["change_at_last"] = over_prompts.difference(after, before)
         found.append(one)
-    layers = sorted({layer for layer, _ in chosen})
-    offsets = {layer: offset(run, stage, layer, last, means["last"]) for layer in layers}
+    offsets = {layer: written(run, stage, layer, shifts[layer], means["last"]) for layer in layers}
     row = {
         "seed": stage.seed,
         "parameters": at_weights(weights.changes, stage.post, run.base, remote=remote),
         "neurons": found,
         "layers": {str(layer): entry for layer, (entry, _) in offsets.items()},
     }
-    figures = {"last": last, "chosen": chosen, "cosines": {layer: cosines for layer, (_, cosines) in offsets.items()}}
-    return row, figures | {"activation": means["last"][0].activation}
+    figures = {"shifts": shifts, "activations": activations, "chosen": chosen, "means": means["last"][0].activation}
+    return row, figures | {"cosines": {layer: cosines for layer, (_, cosines) in offsets.items()}}
 
 
 def unpadded(batch: dict) -> list[list[int]]:
@@ -105,74 +107,88 @@ def unpadded(batch: dict) -> list[list[int]]:
     return [ids[real].tolist() for ids, real in pairs]
 
 
-def last_positions(run, model, chosen: list[tuple[int, int]]) -> dict:
-    """At each prompt's last position: the residual stream before the MLP of the chosen neurons' layers
-    `{layer: [n_prompts, d_model]}`, and the neurons' activations `[n_prompts, n_chosen]`, float64.
+def observe(post, base, batches: list[dict], layers: list[int], chosen: list[tuple[int, int]]) -> tuple:
+    """At each prompt's last position, before and after DPO: the neurons' activations, and what `reduced` keeps of the
+    residual stream between attention and MLP in each of the layers.
+
+    Returns: activations `[2, n_prompts, n_chosen]`, and the layers' tensors; float64.
     """
-    from lib import observation
-
-    layers = sorted({layer for layer, _ in chosen})
-    streams, activations = observe(model, observation.prompts_of(run), layers, chosen, run.remote)
-    return {"streams": dict(zip(layers, streams.double(), strict=True)), "activations": activations.double()}
-
-
-def observe(model, batches: list[dict], layers: list[int], chosen: list[tuple[int, int]], remote=False) -> tuple:
-    """`last_positions`: streams `[n_layers chosen, n_prompts, d_model]`, activations `[n_prompts, n_chosen]`."""
-    import nnsight
     import torch
 
-    from lib.remote import session
-
-    rows, width = sum(len(batch["input_ids"]) for batch in batches), model._module.config.hidden_size
-    with session(model, remote):
-        streams = nnsight.save(torch.zeros(len(layers), rows, width))
-        activations = nnsight.save(torch.zeros(rows, len(chosen)))
+    rows, width = sum(len(batch["input_ids"]) for batch in batches), base._module.config.hidden_size
+    streams = torch.zeros(2, len(layers), rows, width)
+    activations = torch.zeros(2, rows, len(chosen))
+    for which, model in enumerate((base, post)):
         first = 0
         for batch in batches:
             own = slice(first, first + len(batch["input_ids"]))
             first = own.stop
             with model.trace(batch, logits_to_keep=1):
                 for at, layer in enumerate(layers):
-                    streams[at, own] = mlp_norm(model, layer).input[:, -1].float().cpu()  # between attention and MLP
+                    streams[which, at, own] = mlp_norm(model, layer).input[:, -1].float().cpu()
                     m = mlp_out(model, layer).input[:, -1].float().cpu()  # [batch, d_mlp]
                     for place, (where, index) in enumerate(chosen):
                         if where == layer:
-                            activations[own, place] = m[:, index]
-    return streams, activations
+                            activations[which, own, place] = m[:, index]
+    return activations.double(), [reduced(*streams[:, at].double()) for at in range(len(layers))]
 
 
-def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]:
-    """The mean shift of the residual stream before a layer's MLP, what wrote it, and which value vectors oppose it.
+def reduced(before, after) -> dict:
+    """What is kept of a layer's residual streams `[n_prompts, d_model]` before and after DPO.
 
-    Returns: the layer's entry of the record, and the cosines of all earlier layers' value-vector shifts with it,
+    Returns: the `offset`, the mean shift `[d_model]`; the streams' mean `length` before DPO; `along` `[n_prompts]`:
+        each prompt's shift times the others' offset; and for the figure `points` `[2, 2, n_prompts // 2]`: the streams
+        before and after, on the offset and on the first principal component of the rest.
+    """
+    import torch
+
+    own = after - before
+    offset = own[::2].mean(0)  # every second prompt's; the others are the points: noise has no part in both
+    unit = offset / offset.norm().clamp(min=1e-30)
+    both = torch.cat([before[1::2], after[1::2]])
+    rest = both - both.mean(0)
+    rest = rest - (rest @ unit)[:, None] * unit
+    component = torch.linalg.svd(rest, full_matrices=False).Vh[0] if len(rest) else unit
+    component = component * component[component.abs().argmax()].sign()  # a component has no sign of its own
+    return {
+        "offset": own.mean(0),
+        "length": float(before.norm(dim=1).mean()),
+        "along": (own * (own.sum(0) - own)).sum(1),
+        "points": torch.stack([both @ unit, both @ component]).unflatten(1, (2, len(rest) // 2)).transpose(0, 1),
+    }
+
+
+def written(run, stage, layer: int, shift: dict, means: list) -> tuple[dict, list]:
+    """What wrote the offset of the residual stream before a layer's MLP, and which value vectors oppose it.
+
+    shift: the layer's, of `reduced`. means: both models' mean activations at the prompts' last positions.
+
+    Returns: the layer's entry of the record, and the cosines of all earlier layers' value-vector moves with the offset,
         `[d_mlp]` each.
     """
     import torch
 
     from lib.remote import at_weights
+    from lib.weights import moves
 
-    before, after = (last[name]["streams"][layer] for name in ("pre", "post"))
-    own = after - before  # [n_prompts, d_model]
-    mean = own.mean(0)
-    unit = mean / mean.norm().clamp(min=1e-30)
+    total = float(shift["offset"].norm())
+    unit = shift["offset"] / max(total, 1e-30)
     generator = torch.Generator().manual_seed(stage.seed)
     random = torch.randn(DRAWS, len(unit), generator=generator, dtype=torch.float64)
     random /= random.norm(dim=1, keepdim=True)
     pre, post = means
-    cosines, against_random, parts = [], [], {"moved value vectors": 0.0, "changed activations": 0.0}
+    cosines, parts, against_random = [], {"moved value vectors": 0.0, "changed activations": 0.0}, 0
     found = at_weights(moves, stage.post, run.base, layer, unit, random, remote=run.remote)
-    for earlier, (moved, first, second, turned) in enumerate(found):
-        cosines.append(moved)
-        against_random.append(turned)  # [d_mlp, DRAWS]
+    for earlier, (cosine, first, second, against) in enumerate(found):
+        cosines.append(cosine)
+        against_random = against_random + against  # [DRAWS]
         parts["moved value vectors"] += float(pre.write[earlier] @ (second - first))
         parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ second)
-    total = float(mean.norm())
     parts["the rest (attention, embedding, biases)"] = total - sum(parts.values())
-    others = own.sum(0) - own  # [n_prompts, d_model]: each prompt is held against the others' mean shift
     entry = {
         "length": total,
-        "relative_length": total / float(before.norm(dim=1).mean()),
-        "percent_along": percent((own * others).sum(1) > 0),
+        "relative_length": total / shift["length"],
+        "percent_along": percent(shift["along"] > 0),
         "contributions": {name: 100 * part / (total or 1) for name, part in parts.items()},
     }
     if cosines:
@@ -180,29 +196,11 @@ def offset(run, stage, layer: int, last: dict, means: list) -> tuple[dict, list]
         entry |= {
             "against": [percent(cosine < 0) for cosine in cosines],
             "percent_against": percent(every < 0),
-            "percent_against_random": spread([percent(one < 0) for one in torch.cat(against_random).T]),
+            "percent_against_random": spread((100 * against_random / every.numel()).tolist()),
             "percent_negative_activation": percent(activation < 0),
             "percent_contributing": percent(every * activation > 0),
         }
     return entry, cosines
-
-
-def moves(post, base, below: int, unit, random) -> list[tuple]:
-    """How the value vectors of the layers below one moved from `base` to `post`, as the residual stream sees them.
-
-    unit `[d_model]`, random `[DRAWS, d_model]`: directions of length 1.
-
-    Returns: for each layer cosines of the moves with unit `[d_mlp]`, both models' products with it `[d_mlp]`, and the
-        moves' cosines with the random directions `[d_mlp, DRAWS]`, float64.
-    """
-    found = []
-    for layer in range(below):
-        seen = [value_vectors(m, layer).cpu().double() * write_gain(m, layer).cpu().double() for m in (base, post)]
-        first, second = seen  # [d_mlp, d_model]
-        moved = second - first
-        length = moved.norm(dim=1).clamp(min=1e-30)
-        found.append((moved @ unit / length, first @ unit, second @ unit, moved @ random.T / length[:, None]))
-    return found
 
 
 def write(run, rows: list[dict], first: dict) -> dict:
@@ -211,22 +209,20 @@ def write(run, rows: list[dict], first: dict) -> dict:
 
     from lib import observation, plots
 
-    last, figures = first["last"], run.work / "figures"
-    tensors = {}
-    for layer in last["pre"]["streams"]:
-        before, after = (last[name]["streams"][layer] for name in ("pre", "post"))
-        tensors[f"offset.L{layer}"] = (after - before).mean(0).float()
+    figures, shifts = run.work / "figures", first["shifts"]
+    tensors = {"activations": first["activations"].float()}  # [2, n_prompts, n_chosen]
+    for layer, shift in shifts.items():
+        tensors |= {f"{name}.L{layer}": shift[name].float().contiguous() for name in ("offset", "points")}
     save_file(tensors, run.work / "shifts.safetensors")
     plots.toxic_activations(rows[0]["neurons"], figures / "toxic_activations.png")
     for place, (layer, index) in enumerate(first["chosen"]):
         if layer in [other for other, _ in first["chosen"][:place]]:
             continue
-        streams = [last[name]["streams"][layer].numpy() for name in ("pre", "post")]
-        activations = [last[name]["activations"][:, place].numpy() for name in ("pre", "post")]
+        points, activations = shifts[layer]["points"], first["activations"][:, 1::2, place]
         name = f"L{layer}.N{index}"
-        plots.offset(*streams, *activations, name, figures / f"offset_{name}.png")
+        plots.offset(points.numpy(), activations.numpy(), name, figures / f"offset_{name}.png")
         if cosines := first["cosines"][layer]:
-            means = first["activation"][:layer].numpy()
+            means = first["means"][:layer].numpy()
             plots.shift_cosines([c.numpy() for c in cosines], means, layer, figures / f"cosines_L{layer}.png")
     return observation.write(run, rows, {}, top=run.options["top"], neurons=run.options["neurons"])
 

@@ -481,28 +481,18 @@ def toxic_activations(found: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
-def offset(before: np.ndarray, after: np.ndarray, m_before: np.ndarray, m_after: np.ndarray, name: str, path: Path):
+def offset(points: np.ndarray, activations: np.ndarray, name: str, path: Path) -> None:
     """Residual streams on their mean shift and first principal component, coloured by a neuron (Lee figures 4, 6).
 
-    before, after `[n_prompts, d_model]`: the stream before the neuron's MLP; m_before, m_after `[n_prompts]`: its
-    activation.
+    points `[2, 2, n_prompts]`: before and after DPO, both axes, of the stream before the neuron's MLP; activations
+    `[2, n_prompts]`: the neuron's.
     """
-    mean = (after - before)[::2].mean(0)  # of every second prompt; the others are shown: noise has no part in both
-    before, after, m_before, m_after = (values[1::2] for values in (before, after, m_before, m_after))
-    unit = mean / (np.linalg.norm(mean) or 1)
-    both = np.concatenate([before, after])
-    centered = both - both.mean(0)
-    centered -= np.outer(centered @ unit, unit)  # the second axis shows what the first does not
-    component = np.linalg.svd(centered, full_matrices=False)[2][0]
     figure, axes = plt.subplots(figsize=(6.2, 4.4))
-    limit = float(np.quantile(np.abs(np.concatenate([m_before, m_after])), 0.95)) or 1.0
-    x, y = both @ unit, both @ component
-    n = len(before)
-    for one in range(n):
-        axes.plot(x[[one, one + n]], y[[one, one + n]], ":", color="0.8", lw=0.6, zorder=0)
-    for part, m, marker, label in ((slice(0, n), m_before, "o", "before"), (slice(n, None), m_after, "^", "after")):
+    limit = (float(np.quantile(np.abs(activations), 0.95)) if activations.size else 0) or 1.0
+    axes.plot(points[:, 0], points[:, 1], ":", color="0.8", lw=0.6, zorder=0)  # a line for each prompt
+    for (x, y), m, marker, label in zip(points, activations, "o^", ("before", "after"), strict=True):
         shown = axes.scatter(
-            x[part], y[part], c=m, cmap="coolwarm", vmin=-limit, vmax=limit, marker=marker, s=22, edgecolor="0.3",
+            x, y, c=m, cmap="coolwarm", vmin=-limit, vmax=limit, marker=marker, s=22, edgecolor="0.3",
             linewidths=0.3, label=f"{label} DPO ({100 * (m > 0).mean():.0f} % fire)",
         )  # fmt: skip
     figure.colorbar(shown, label=f"activation of {name}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from lib.models import FAMILIES, torch_module
+from lib.models import FAMILIES, torch_module, value_vectors, write_gain
 
 KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
 CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes
@@ -60,3 +60,23 @@ def _kind(name: str) -> str:
     if "norm" in name:
         return "norm"
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "norm")
+
+
+def moves(post, base, below: int, unit: torch.Tensor, random: torch.Tensor) -> list[tuple]:
+    """How value vectors moved from `base` to `post`, as the residual stream sees them (Lee et al. 2024, 5.2).
+
+    Args:
+        below: the layers before this one are looked at.
+        unit: `[d_model]`, float64, of length 1, as each of random `[n_random, d_model]`.
+
+    Returns: for each layer the moves' cosines with unit `[d_mlp]`, both models' products with it `[d_mlp]`, float64,
+        and how many moves point against each random direction `[n_random]`.
+    """
+    found = []
+    for layer in range(below):
+        seen = [value_vectors(m, layer).cpu().double() * write_gain(m, layer).cpu().double() for m in (base, post)]
+        first, second = seen  # [d_mlp, d_model]
+        moved = second - first
+        length = moved.norm(dim=1).clamp(min=1e-30)
+        found.append((moved @ unit / length, first @ unit, second @ unit, (moved @ random.T < 0).sum(0)))
+    return found

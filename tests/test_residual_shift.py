@@ -12,6 +12,7 @@ from test_opposing_effects import arguments, options_of
 from lib import observation
 from lib.models import FAMILIES as KINDS
 from lib.models import reach
+from lib.remote import at_weights
 
 script = load_script("residual_shift")
 CHOSEN = [(0, 5), (2, 7), (2, 40)]
@@ -70,18 +71,15 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
     row, figures = script.measure(begun, stage, CHOSEN)
     prompts = [ids for batch in observation.prompts_of(begun) for ids in script.unpadded(batch)]
     pre, post = (observed(tiny(family, seed), prompts, family) for seed in (0, 1))
-    for name, expected in (("pre", pre), ("post", post)):
-        for layer in (0, 2):
-            torch.testing.assert_close(
-                figures["last"][name]["streams"][layer], expected["stream"][layer], rtol=1e-4, atol=1e-4
-            )
+    for found, expected in zip(figures["activations"], (pre, post), strict=True):
         activations = torch.stack([expected["activation"][layer, :, index] for layer, index in CHOSEN], 1)
-        torch.testing.assert_close(figures["last"][name]["activations"], activations, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, activations, rtol=1e-4, atol=1e-4)
     assert row["neurons"][0]["change_at_last"]["mean"] == pytest.approx(
         float((post["activation"][0, :, 5] - pre["activation"][0, :, 5]).mean()), abs=1e-5
     )
     for layer in (0, 2):
         mean = (post["stream"][layer] - pre["stream"][layer]).mean(0)
+        torch.testing.assert_close(figures["shifts"][layer]["offset"], mean, rtol=1e-4, atol=1e-4)
         entry = row["layers"][str(layer)]
         assert entry["length"] == pytest.approx(float(mean.norm()), rel=1e-4)
         by_mlps = (post["write"][:layer] - pre["write"][:layer]).mean(1).sum(0) @ mean / mean.norm() ** 2
@@ -95,11 +93,29 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
     assert "against" not in row["layers"]["0"] and len(row["layers"]["2"]["against"]) == 2
 
 
+def test_what_is_kept_of_the_streams():
+    """The figure's points: every second prompt on the others' shift, and on what varies most beside it."""
+    generator = torch.Generator().manual_seed(0)
+    before = 0.01 * torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    before[:, 1] += torch.tensor([0, 1, 0, 2, 0, 3, 0])  # the first component of what is left
+    after = before + torch.tensor([0.0, 0.0, 2.0])
+    found = script.reduced(before, after)
+    torch.testing.assert_close(found["offset"], torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64))
+    assert found["length"] == pytest.approx(float(before.norm(dim=1).mean()))
+    torch.testing.assert_close(found["along"], torch.full((7,), 24.0, dtype=torch.float64))  # 2 times 6 others' 2
+    assert found["points"].shape == (2, 2, 3)
+    for points, streams in zip(found["points"], (before, after), strict=True):
+        torch.testing.assert_close(points[0], streams[1::2, 2])
+        torch.testing.assert_close(points[1], streams[1::2, 1], rtol=0, atol=0.1)
+
+
 def test_the_trace_can_be_shipped(begun):
     (batch,) = observation.prompts_of(begun)
-    here = script.observe(begun.base, [batch], [0, 2], CHOSEN)
-    for found, expected in zip(script.observe(begun.base, [batch], [0, 2], CHOSEN, "local"), here, strict=True):
-        assert torch.equal(found, expected)
+    given = (begun.base, begun.base, [batch], [0, 2], CHOSEN)  # a second model has no weights of its own there
+    here, there = script.observe(*given), at_weights(script.observe, *given, remote="local")
+    assert torch.equal(here[0], there[0])
+    for expected, found in zip(here[1], there[1], strict=True):
+        assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
 
 
 def test_the_script(inputs, tmp_path):  # noqa: F811
@@ -108,7 +124,8 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [one["neuron"] for one in record["rows"][0]["neurons"]] == ["L2.N7", "L1.N3"]
-    assert set(load_file(tmp_path / "out" / "shifts.safetensors")) == {"offset.L1", "offset.L2"}
+    tensors = load_file(tmp_path / "out" / "shifts.safetensors")
+    assert set(tensors) == {"activations", "offset.L1", "offset.L2", "points.L1", "points.L2"}
     figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert figures == {
         "toxic_activations.png", "offset_L2.N7.png", "offset_L1.N3.png", "cosines_L1.png", "cosines_L2.png",

@@ -1,45 +1,46 @@
 """Patched generation in an nnsight trace against raw PyTorch hooks around `generate`, in one process, in turn.
 
-Both clamp half of all neurons in every layer at every position, on the same prompts, and must give the same ids.
+Both clamp half of all neurons in every layer at every position, on the same prompts, and must give the same ids. Then
+`--batches` batches of a tiny model, whose memory must not grow; and the floor: what the matrix products and the reading
+of the weights would take at this machine's measured rates.
 
     python tests/bench/bench_generation.py            # about two minutes on two CPU cores
+    python tests/bench/bench_generation.py --rounds 1 --batches 1000
 """
 
 import importlib.util
-import json
-import statistics
-import time
+import sys
 from pathlib import Path
 
 import click
 
 from lib.cli import options
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "patch_four_groups.py"
+ROOT = Path(__file__).parents[2]
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "device", "dtype")
 @click.option("--batch-size", type=click.IntRange(1), default=48, show_default=True, help="Prompts.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Timed batches of each.")
-def main(model, device, dtype, batch_size, rounds):
+@click.option("--batches", type=click.IntRange(100), default=200, show_default=True, help="Of the tiny model.")
+def main(model, device, dtype, batch_size, rounds, batches):
     import torch
+    from timing import in_turn, machine, medians, paired, row, say
 
-    from lib import data, interventions, results
-    from lib.generation import NEW_TOKENS, batches, greedy
-    from lib.models import d_mlp, load, mlp_out, n_layers, resolve
+    from lib.generation import NEW_TOKENS
+    from lib.models import load, mlp_out, resolve
 
-    spec = importlib.util.spec_from_file_location("patch_four_groups", SCRIPT)
+    spec = importlib.util.spec_from_file_location("patch", ROOT / "experiments" / "patch_four_groups.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     traced = load(resolve(model), device, dtype)
-    (batch,) = batches(traced.tokenizer, data.prompts().items[:batch_size], batch_size, traced.device)
-    torch.manual_seed(0)
-    shape = (n_layers(traced), d_mlp(traced))
-    edit = interventions.clamp(torch.rand(shape) < 0.5, torch.zeros(shape), 0.01 * torch.randn(shape)).edit()
+    batch, edit = make_inputs(traced, batch_size)
     everywhere = slice(None)
 
     def raw() -> torch.Tensor:
+        from lib.generation import greedy
+
         handles = []
         for layer, index, value in edit:
             index, value = index.to(traced.device), value.to(traced.device, traced.dtype)
@@ -60,28 +61,67 @@ def main(model, device, dtype, batch_size, rounds):
 
     if not torch.equal(raw(), ours()):
         raise SystemExit("the two gave different ids")
-    seconds = {"raw hooks": [], "nnsight": []}
-    for turn in range(rounds):
-        order = [("raw hooks", raw), ("nnsight", ours)]
-        for name, run in order if turn % 2 else reversed(order):
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = in_turn({"raw hooks": raw, "ours": ours}, rounds, warm=0)
+    step = floor(traced, batch_size, machine(traced.device.type))
     tokens = batch_size * NEW_TOKENS
-    rates = {name: round(tokens / statistics.median(values), 1) for name, values in seconds.items()}
-    ratio = statistics.median(r / n for r, n in zip(seconds["raw hooks"], seconds["nnsight"], strict=True))
-    about = {"model": model, "batch_size": batch_size, "neurons_edited": edit.n_neurons, "rounds": rounds}
-    click.echo(
-        json.dumps(
-            {
-                **results.provenance(threads=torch.get_num_threads()),
-                **about,
-                "tokens_per_second": rates,
-                "nnsight_over_raw": round(ratio, 3),
-            },
-            indent=1,
-        )
-    )
+    growth = grown(script, batches)
+    say(
+        row(
+            "patched generation", "raw PyTorch hooks", paired(seconds, "raw hooks"), ">= 0.95", unit="of its tokens per second",
+            tokens_per_second={name: round(tokens / value, 1) for name, value in medians(seconds).items()},
+            neurons_edited=edit.n_neurons, batch_size=batch_size,
+            floor_tokens_per_second=round(batch_size / step, 1),
+            times_the_floor=round(medians(seconds)["ours"] / NEW_TOKENS / step, 2),
+        ),
+        row(f"memory after {batches} batches of patched generation", "after a quarter of them", growth, "<= 2", unit="MB more"),
+        model=model,
+    )  # fmt: skip
+
+
+def make_inputs(model, batch_size: int) -> tuple[dict, object]:
+    """A batch of prompts, and a clamp of half of all neurons."""
+    import torch
+
+    from lib import data, interventions
+    from lib.generation import batches
+    from lib.models import d_mlp, n_layers
+
+    prompts = (data.prompts().items * (1 + batch_size // 64))[:batch_size]
+    (batch,) = batches(model.tokenizer, prompts, batch_size, model.device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (n_layers(model), d_mlp(model))
+    mask, value = torch.rand(shape, generator=generator) < 0.5, 0.01 * torch.randn(shape, generator=generator)
+    return batch, interventions.clamp(mask, torch.zeros(shape), value).edit()
+
+
+def floor(model, rows: int, rates: dict[str, float]) -> float:
+    """Seconds of one new token a row: every weight is multiplied with every row, and read once."""
+    weights = sum(p.numel() for p in model._module.parameters())  # a tied embedding is the head's
+    return max(2 * weights * rows / rates["flops"], weights * model.dtype.itemsize / rates["bytes"])
+
+
+def grown(script, batches: int) -> float:
+    """MB by which memory grew from a quarter of the batches on, on a tiny random model."""
+    import tempfile
+
+    import psutil
+
+    from lib.models import load, resolve
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_models import build_model, build_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_tokenizer(bos=True)
+        build_model("llama", len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model = load(resolve(folder))
+        batch, edit = make_inputs(model, 4)
+        for at in range(batches):
+            script.generate(model, batch, edit, slice(None))
+            if at == batches // 4:
+                before = psutil.Process().memory_info().rss
+        return (psutil.Process().memory_info().rss - before) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Several processes as one trainer (`torchrun -m dpo`): weights, gradients and optimizer state in shards (FSDP2).
+
+Without torchrun there is one process, and every function here does nothing or the plain thing.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lib.models import FAMILIES, reach
+
+
+def begin(device: str) -> str:
+    """Join the processes that torchrun has started; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and world() > 1 else device
+
+
+def end() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 writes files and talks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def said_by_first(value):
+    """What process 0 says, in all of them."""
+    if world() > 1:
+        box = [value]
+        dist.broadcast_object_list(box)
+        (value,) = box
+    return value
+
+
+def shared(parts: list) -> list:
+    """Every process's list, dealt out in turn: the first of each, the second of each, and so on."""
+    if world() == 1:
+        return parts
+    found = [None] * world()
+    dist.all_gather_object(found, parts)
+    return [part for turn in zip(*found, strict=True) for part in turn]
+
+
+def summed(totals: dict[str, float]) -> dict[str, float]:
+    """Each entry's sum over the processes."""
+    if world() == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        values = values.cuda()
+    dist.all_reduce(values)
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+def shard(model, masks: dict) -> tuple[dict, object]:
+    """Keep a share of every weight in each process, in place: one group a layer, gathered when it runs.
+
+    masks: of parameters (see `dpo.trainable.choose`).
+
+    Returns: the masks of the sharded parameters, and a copy of the model without weights, which knows how to save them;
+        with one process the masks, and the model itself.
+    """
+    if world() == 1:
+        return masks, model
+    from torch.distributed.fsdp import fully_shard
+
+    skeleton = copy.deepcopy(model).to("meta")
+    by_name = {name: masks[p] for name, p in model.named_parameters() if p in masks}
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapping
+    for layer in reach(plain, FAMILIES[plain.config.model_type].layers):
+        fully_shard(layer)
+    # The rest too is let go of after each forward pass: else `model.parameters()` would be whole ones after a pass
+    # without gradients, and an optimizer would hold tensors that the shards know nothing of.
+    fully_shard(model, reshard_after_forward=True)
+    parameters = dict(model.named_parameters())
+    found = {
+        parameters[name]: distribute_tensor(mask, parameters[name].device_mesh, parameters[name].placements)
+        for name, mask in by_name.items()
+    }
+    return found, skeleton
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_pretrained(model, skeleton, tokenizer, folder: Path) -> None:
+    """Write the model and its tokenizer as transformers (or PEFT) does; with several processes, process 0 does."""
+    if world() == 1:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = dict(model.named_parameters())
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in once:  # a head tied to the embedding
+            weights.pop(name, None)
+    if rank() == 0:
+        skeleton.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,194 @@
+"""A whole table, 15 conditions by toxicity, perplexity and F1, against the papers' procedure.
+
+The procedure: mean activations of both models by generating and then reading everything again; neurons grouped in
+data-frame rows; then a run for each metric, which loads the model, and in it each condition with texts scored and
+passages read and continued one at a time. (Prompts are generated from in batches there too.) Both end with the same
+toxicity and perplexities. The model after DPO is the base model with noise in its weights: its quality costs nothing.
+
+    python tests/bench/bench_table.py                 # about five minutes on two CPU cores
+"""
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import click
+
+from lib.cli import options
+
+ROOT = Path(__file__).parents[2]
+SETS, STRENGTHS = 4, (0.5, 1.0, 1.5)  # with the two models and one scaled edit: 15 conditions
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options("model", "device", "dtype")
+@click.option("--prompts", "n_prompts", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--passages", "n_passages", type=click.IntRange(1), default=8, show_default=True)
+def main(model, device, dtype, n_prompts, n_passages):
+    from timing import in_turn, medians, paired, row, say
+
+    from lib.models import resolve
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [resolve(model).path, moved(resolve(model).path, Path(folder) / "post")]
+        found = {}
+
+        def ours():
+            found["ours"] = our_table(files, device, dtype, n_prompts, n_passages)
+
+        def theirs():
+            found["rival"] = their_table(files, device, dtype, n_prompts, n_passages)
+
+        seconds = in_turn({"rival": theirs, "ours": ours}, 1, warm=0)
+    for name, one in found["ours"].items():
+        other = found["rival"][name]
+        assert abs(one["log_ppl"] - other["log_ppl"]) < 1e-3, (name, one, other)
+        assert abs(one["toxicity"] - other["toxicity"]) < 0.02, (
+            name,
+            one,
+            other,
+        )  # a near tie of tokens may fall apart
+    say(
+        row(
+            f"a table of {len(found['ours'])} conditions, 3 metrics", "the papers' procedure", paired(seconds, "rival"), ">= 3",
+            unit="times as fast", seconds=medians(seconds), prompts=n_prompts, passages=n_passages,
+        ),
+        model=model,
+    )  # fmt: skip
+
+
+def moved(folder: str, out: Path) -> Path:
+    """A copy of a model with noise in its MLPs."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "mlp" in name:
+                weight += 0.02 * weight.std() * torch.randn_like(weight)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return out
+
+
+def plans_of(found: dict, probe) -> dict:
+    """The table's edits: growing unions of the four groups, each at some strengths, and the noisiest thousand."""
+    from lib import interventions, neurons
+
+    plans, mask = {}, False
+    for name, group in found["groups"].items():
+        mask = group | mask
+        plan = interventions.clamp(mask, found["pre"], found["post"])
+        plans |= {f"{name} x{at}": plan.edit(at) for at in STRENGTHS}
+    top = neurons.top(found["delta"].abs(), 1000)
+    return plans | {"top": interventions.clamp(top, found["pre"], found["post"]).edit()}
+
+
+def inputs(n_prompts: int, n_passages: int):
+    """Prompts, passages, and a direction in the probe's place."""
+    import torch
+
+    from lib import data
+    from lib.probes import Probe
+
+    direction = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    return data.prompts().items[:n_prompts], data.passages().items[:n_passages], Probe(direction, 0.0)
+
+
+def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
+    from lib import evaluation, metrics, neurons
+    from lib.interventions import NO_EDIT
+    from lib.models import load, resolve
+    from lib.protocol import SOUND, with_released
+
+    spec = importlib.util.spec_from_file_location("patch", ROOT / "experiments" / "patch_four_groups.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    prompts, passages, probe = inputs(n_prompts, n_passages)
+    base, post = (load(resolve(str(file)), device, dtype) for file in files)
+    means = []
+    for model in (base, post):
+        *_, last = neurons.mean_activations(model, prompts, n_prompts)
+        means.append(last)
+    found = neurons.attribute(base, post, probe, *means, with_released("value_vectors"))  # as the papers' code does
+    texts = evaluation.make_texts(base, prompts, passages, "", SOUND)
+    scorer, table = metrics.scorer("profanity-check"), {}
+    for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}.items():
+        measured = evaluation.measure(
+            post if name == "dpo" else base, texts, scorer, n_prompts, SOUND, script.generate,
+            script.negative_log_likelihood, edit, position_0=False,
+        )  # fmt: skip
+        table[name] = {
+            "toxicity": sum(measured["toxicity"]) / n_prompts,
+            "log_ppl": sum(measured["nll"]) / sum(measured["tokens"]),
+            "f1": sum(measured["f1"]) / len(measured["f1"]),
+        }
+    return table
+
+
+def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
+    import pandas
+    import torch
+    from rival import clamping, generate_then_read, hooked
+
+    from lib import evaluation, metrics
+    from lib.generation import batches, decode, end_ids, greedy, until_end
+    from lib.interventions import NO_EDIT
+    from lib.models import load, resolve
+    from lib.neurons import value_projections
+    from lib.protocol import SOUND
+
+    prompts, passages, probe = inputs(n_prompts, n_passages)
+    base, post = (load(resolve(str(file)), device, dtype) for file in files)
+    pre, after = (generate_then_read(model, prompts, n_prompts) for model in (base, post))
+    columns = {"pre": pre, "post": after}
+    columns["before"], columns["cosine"] = value_projections(base, probe.unit, False)
+    columns["after"] = value_projections(post, probe.unit, False)[0]
+    frame = pandas.DataFrame({name: tensor.flatten() for name, tensor in columns.items()})
+    masks = {name: torch.zeros(pre.numel(), dtype=torch.bool) for name in ("TP", "TN", "AP", "AN")}
+    delta = torch.zeros(pre.numel(), dtype=torch.float64)
+    for at, one in frame.iterrows():
+        delta[at] = one["pre"] * one["before"] - one["post"] * one["after"]
+        if delta[at] > 0 and one["pre"] != 0:
+            masks[("T" if one["cosine"] > 0 else "A") + ("P" if one["pre"] > 0 else "N")][at] = True
+    groups = {name: mask.view_as(pre) for name, mask in masks.items()}
+    found = {"groups": groups, "pre": pre, "post": after, "delta": delta.view_as(pre)}
+    conditions = {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}
+    table = {name: {} for name in conditions}
+    for metric in ("toxicity", "log_ppl", "f1"):  # a run each
+        base, post = (load(resolve(str(file)), device, dtype) for file in files)
+        texts = evaluation.make_texts(base, prompts, passages, "", SOUND)
+        ends, scorer = end_ids(base), metrics.scorer("profanity-check")
+        for name, edit in conditions.items():
+            model = post if name == "dpo" else base
+            network = model._module
+            with hooked(model, clamping(edit, slice(None), model.device)), torch.no_grad():
+                if metric == "toxicity":
+                    scores = []
+                    for batch in batches(model.tokenizer, prompts, n_prompts, model.device):
+                        new = network.generate(**batch, **greedy())[:, batch["input_ids"].shape[1] :]
+                        texts_found = decode(model.tokenizer, until_end(new, ends))
+                        scores += [float(scorer([text])[0]) for text in texts_found]
+                    value = sum(scores) / len(scores)
+                elif metric == "log_ppl":
+                    total = count = 0
+                    for ids in texts.windows:
+                        ids = torch.tensor([ids], device=model.device)
+                        total += float(network(ids, labels=ids).loss) * (ids.shape[1] - 1)
+                        count += ids.shape[1] - 1
+                    value = total / count
+                else:
+                    f1 = []
+                    for ids, reference in texts.continued:
+                        ids = torch.tensor([ids], device=model.device)
+                        new = network.generate(ids, attention_mask=torch.ones_like(ids), **greedy())[:, ids.shape[1] :]
+                        f1.append(metrics.token_f1(until_end(new, ends)[0], reference))
+                    value = sum(f1) / len(f1)
+            table[name][metric] = value
+    return table
+
+
+if __name__ == "__main__":
+    main()
