@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lib.models import FAMILIES, reach
+from dpo.trainable import layers_of
 
 
 def begin(device: str) -> str:
@@ -82,8 +82,7 @@ def shard(model, masks: dict) -> tuple[dict, object]:
 
     skeleton = copy.deepcopy(model).to("meta")
     by_name = {name: masks[p] for name, p in model.named_parameters() if p in masks}
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapping
-    for layer in reach(plain, FAMILIES[plain.config.model_type].layers):
+    for layer in layers_of(model):
         fully_shard(layer)
     # The rest too is let go of after each forward pass: else `model.parameters()` would be whole ones after a pass
     # without gradients, and an optimizer would hold tensors that the shards know nothing of.

@@ -87,6 +87,12 @@ def choose(model, choice: str) -> tuple[torch.nn.Module, dict[torch.nn.Parameter
     return model, masks
 
 
+def layers_of(model):
+    """The decoder layers of a transformers model, also inside PEFT's wrapping."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return reach(plain, FAMILIES[plain.config.model_type].layers)
+
+
 def _add_biases(layers, path: str) -> list[torch.nn.Parameter]:
     """Give every MLP's last map a bias of zeros. `lib.models.load` finds them again in the checkpoint."""
     for layer in layers:

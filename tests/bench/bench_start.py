@@ -1,4 +1,4 @@
-"""Seconds from a script's start to its first trace, on a cached model, against importing torch, transformers and nnsight.
+"""Seconds from a script's start to its first trace on a cached model, against imports alone and transformers' own loading.
 
 python tests/bench/bench_start.py                 # a minute
 """
@@ -13,12 +13,18 @@ from lib.cli import options
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = "import torch, transformers, nnsight; from nnsight import TransformersModel"
+LOADS = """
+import torch, nnsight
+from nnsight import TransformersModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained("{folder}", dtype=torch.float32), AutoTokenizer.from_pretrained("{folder}")
+"""
 # The script as it is, ended where it opens its first trace.
 UNTIL_TRACE = """
 import os, runpy, sys
-import nnsight.intervention.tracing.base as base
+import nnsight.tracing.tracer as tracer
 def opened(*given, **named): os._exit(17)
-base.Tracer.__enter__ = opened
+tracer.Tracer.__enter__ = opened
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -39,6 +45,9 @@ def main(model, rounds):
     def imports():
         subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 
+    def loads():
+        subprocess.run([sys.executable, "-c", LOADS.format(folder=resolve(model).path)], check=True, capture_output=True)
+
     with tempfile.TemporaryDirectory() as folder:
 
         def script():
@@ -47,11 +56,15 @@ def main(model, rounds):
             if done.returncode != 17:
                 raise SystemExit(f"no trace was opened: {done.stderr[-2000:]}")
 
-        seconds = in_turn({"imports": imports, "ours": script}, rounds)
+        seconds = in_turn({"imports": imports, "transformers": loads, "ours": script}, rounds)
     say(
         row(
             "start of a script, to its first trace", "import torch, transformers, nnsight", 1 / paired(seconds, "imports"),
             "<= 1.3", unit="times as long", seconds=medians(seconds),
+        ),
+        row(
+            "  the same", "these and AutoModelForCausalLM, AutoTokenizer", 1 / paired(seconds, "transformers"), "<= 1.3",
+            unit="times as long",
         ),
         model=model,
     )  # fmt: skip
