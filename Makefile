@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ndif lint clean
+.PHONY: demo test test-ndif bench lint clean
 
 demo: .venv/made
 	$(BIN)/python experiments/patch_four_groups.py --out runs/demo --overwrite
@@ -13,6 +13,11 @@ test: .venv/made
 # The server has an environment of its own: what it needs and what the project needs exclude each other.
 test-ndif: .venv/made .venv-ndif/made
 	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif PYTHONPATH=tests:tests/ndif $(BIN)/python -m pytest -p service tests/ndif
+
+# Under 20 minutes beside nothing else; writes results/bench/bench.json.
+bench: .venv/made
+	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,bench]"
+	$(BIN)/python tests/bench/run.py
 
 lint: .venv/made
 	$(BIN)/ruff check .

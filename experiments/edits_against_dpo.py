@@ -54,7 +54,7 @@ def read(folder: Path) -> dict:
         lines = (folder / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
         record["measurements"] = [json.loads(line) for line in lines]
         conditions = {(row["condition"], row["kind"]) for row in record["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder}: not a run of patch_four_groups, probe_free_editing or steer ({error!r}); give their folders."
         ) from error

@@ -141,7 +141,7 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict 
     """What a killed run with the same settings had finished: {number of the prompt: its pair}."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if lines and lines[0] != json.dumps(settings):
         if not overwrite:
             raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
@@ -151,9 +151,9 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict 
     for line in lines[1:]:
         try:
             record = json.loads(line)
-        except ValueError:  # the line that the kill cut off
+            done[int(record["number"])] = record["pair"]
+        except (ValueError, KeyError, TypeError, RecursionError):  # the line that the kill cut off
             break
-        done[record["number"]] = record["pair"]
     whole = [json.dumps(settings), *(json.dumps({"number": number, "pair": pair}) for number, pair in done.items())]
     path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     return done

@@ -179,8 +179,9 @@ def residual_length(run) -> float:
     (batch,) = batches(run.base.tokenizer, first, run.batch_size, device)
     model, place = run.base, steered(run.base, run.protocol.steer_at)
     with session(model, run.remote):
-        with model.trace(batch, logits_to_keep=1):
+        with model.trace(batch) as tracer:
             lengths = place.output.float().norm(dim=-1).save()  # [batch, positions]
+            tracer.stop()  # the head is not needed
     return float(lengths[batch["attention_mask"].bool()].double().mean())
 
 

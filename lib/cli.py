@@ -91,10 +91,10 @@ OPTIONS = {
     ),
     "batch-size-or-auto": click.option(
         "--batch-size",
-        default="48",
+        default="64",
         show_default=True,
         callback=_batch_size,
-        help="Prompts at once; auto: as many as fit into memory.",
+        help="Texts at once; auto: as many as fit into memory.",
     ),
     "limit": click.option(
         "--limit",

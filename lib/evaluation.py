@@ -8,7 +8,7 @@ import nnsight
 import numpy as np
 
 from lib.errors import UserError
-from lib.generation import NEW_TOKENS, batches, decode, end_ids, right_padded, until_end, windows
+from lib.generation import NEW_TOKENS, decode, end_ids, left_padded, prompt_ids, right_padded, until_end, windows
 from lib.interventions import NO_EDIT
 from lib.metrics import Scorer, repetition, token_f1
 from lib.models import input_device
@@ -78,9 +78,11 @@ def measure(
     ends, device = end_ids(model), input_device(model)
     where = EVERYWHERE if protocol.edit_positions == "all" else LAST
     attended = protocol.padding == "attended" and "gemma" in model._module.config.model_type
-    asked = list(batches(model.tokenizer, texts.prompts, batch_size, device, attended=attended))
+    asked = prompt_ids(model.tokenizer, texts.prompts)
     continued = [] if brief else [ids for ids, _ in texts.continued]  # all of one length
-    both = [*asked, *right_padded(continued, batch_size, device)]
+    # Together where they fit: every step reads all weights. Attended padding would depend on what stands beside it.
+    parts = [asked, continued] if attended else [asked + continued]
+    both = [batch for part in parts for batch in left_padded(model.tokenizer, part, batch_size, device, attended)]
     size = max(1, PERPLEXITY_TOKENS // max(map(len, texts.windows)))
     read = list(right_padded(texts.windows, size, device))
     kinds = {}
@@ -97,18 +99,13 @@ def measure(
             for batch in read:
                 losses.append(likelihood(model, batch, edit, place).cpu())
 
-    new = [until_end(part, ends) for part in ids]
-    rows, continuations = [], []
-    for batch, part in zip(asked, new, strict=False):  # those of F1 come after
-        at = len(rows)
-        rows += part
-        if protocol.prompt_removal == "ids":
-            continuations += decode(model.tokenizer, part)
-        else:  # the whole text, from which the prompt is taken out where it is found as it was
-            whole = [prompt.tolist() + more for prompt, more in zip(batch["input_ids"], part, strict=True)]
-            pieces = zip(decode(model.tokenizer, whole), texts.prompts[at : at + len(part)], strict=True)
-            continuations += [text.replace(prompt, "") for text, prompt in pieces]
-    predicted, f1 = [row for part in new[len(asked) :] for row in part], []
+    new = [row for part in ids for row in until_end(part, ends)]
+    rows, predicted, f1 = new[: len(asked)], new[len(asked) :], []
+    if protocol.prompt_removal == "ids":
+        continuations = decode(model.tokenizer, rows)
+    else:  # the whole text, from which the prompt is taken out where it is found as it was
+        whole = decode(model.tokenizer, [prompt + more for prompt, more in zip(asked, rows, strict=True)])
+        continuations = [text.replace(prompt, "") for text, prompt in zip(whole, texts.prompts, strict=True)]
     for found, (prompt, reference) in zip(predicted, [] if brief else texts.continued, strict=True):
         f1.append(token_f1(found if protocol.f1_prediction == "continuation" else prompt + found, reference))
     sums = [total for part in losses for total in part.tolist()]

@@ -29,18 +29,22 @@ def batches(
     not depend on the batch it stands in. `attended`: the padding is end-of-text tokens that no mask hides, as in
     Yang's released evaluation of Gemma.
     """
-    for start in range(0, len(prompts), size):
-        batch = dict(
-            tokenizer(
-                prompts[start : start + size],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                truncation=True,
-                max_length=max_tokens,
-                return_token_type_ids=False,
-            ).to(device)
-        )
+    yield from left_padded(tokenizer, prompt_ids(tokenizer, prompts, max_tokens), size, device, attended)
+
+
+def prompt_ids(tokenizer, prompts: list[str], max_tokens: int = MAX_PROMPT_TOKENS) -> list[list[int]]:
+    """Token ids of each prompt, cut to `max_tokens`."""
+    encoded = tokenizer(prompts, truncation=True, max_length=max_tokens, return_token_type_ids=False)
+    return encoded["input_ids"]
+
+
+def left_padded(
+    tokenizer, rows: list[list[int]], size: int, device="cpu", attended: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """As `batches`, of token ids."""
+    for start in range(0, len(rows), size):
+        part = {"input_ids": rows[start : start + size]}
+        batch = dict(tokenizer.pad(part, padding_side="left", return_tensors="pt").to(device))
         if attended:
             batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, tokenizer.eos_token_id)
             batch["attention_mask"].fill_(1)

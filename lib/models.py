@@ -116,7 +116,7 @@ def _base_of(folder: Path, option: str) -> tuple[str, str | None]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         return config["base_model_name_or_path"], config.get("revision")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{option} {folder}: its adapter_config.json cannot be read ({error!r}).") from error
 
 
@@ -124,9 +124,9 @@ def read_family(folder: Path, name: str) -> Family:
     """The family of a model folder, from its config.json. Raises UserError: unreadable, or not supported."""
     try:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: its config.json cannot be read ({error!r}).") from error
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{name}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
 
@@ -183,6 +183,9 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
     model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
+    # transformers hands the head a slice of the hidden states, whose rows torch would multiply one by one: twenty times
+    # as slow over 262,144 tokens.
+    model._module.lm_head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
     return model
 
 

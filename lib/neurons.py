@@ -132,7 +132,7 @@ def _weighted_means(model, weighted: list[tuple[dict, torch.Tensor]], remote) ->
         sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
         for batch, weights in weighted:
             weight = weights.to(place)
-            with model.trace(batch, logits_to_keep=1):
+            with model.trace(batch) as tracer:
                 for layer in range(sizes[1]):
                     neurons = mlp_out(model, layer)
                     m = neurons.input.to(place).double()  # [batch, positions, d_mlp]
@@ -140,6 +140,7 @@ def _weighted_means(model, weighted: list[tuple[dict, torch.Tensor]], remote) ->
                     if kind.post_norm:
                         power = neurons.output.to(place).double().square().mean(-1)  # [batch, positions]
                         sums[1, layer] += torch.einsum("bp,bpn->n", weight * (power + epsilon).rsqrt(), m)
+                tracer.stop()  # the head is not needed
     count = sum(float(weights.sum()) for _, weights in weighted)
     activation, write = sums.cpu() / count
     return Means(activation, write if kind.post_norm else activation)

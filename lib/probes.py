@@ -99,10 +99,10 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
         with session(model, remote):
             means = nnsight.save([])
             for _, batch, weights in request:
-                with model.trace(batch, logits_to_keep=1):
+                with model.trace(batch) as tracer:
                     residual = place.output  # [batch, positions, d_model]
-                    mean = (residual.float() * weights.to(residual.device)).sum(1)
-                means.append(mean.cpu())
+                    means.append((residual.float() * weights.to(residual.device)).sum(1).cpu())
+                    tracer.stop()  # the head is not needed
         for (rows, _, _), mean in zip(request, means, strict=True):
             found[rows] = mean.numpy()
     return found

@@ -1,8 +1,8 @@
 """DPO training against TRL's DPOTrainer with equal settings, each in a process of its own, and the loss itself.
 
-Both train float32 weights by RMSprop on the same tokens in the same order, 20 updates of 4 pairs, the reference model's
-log-probabilities taken before the first (TRL: `precompute_ref_log_probs`), no gradient checkpointing. Time runs from the
-model in memory to the last update; the losses of all updates must agree.
+Both train float32 weights by RMSprop on the same tokens in the same order, 20 updates of 4 pairs, the reference's
+log-probabilities taken before the first (TRL: `precompute_ref_log_probs`); TRL runs without its gradient checkpointing,
+which is slower. Time runs from the model in memory to the last update; the losses of all updates must agree.
 
     python tests/bench/bench_dpo.py --model smollm2 --rounds 3
 """
@@ -51,19 +51,28 @@ def main(model, device, rounds, side):
     step = found["ours"][0]["flops"] / machine(pick_device(device))["flops"]
     say(
         row(
-            f"DPO step, {model}", "TRL's DPOTrainer", statistics.median(t["seconds"] / o["seconds"] for t, o in both),
-            ">= 1.2", unit="times its pairs per second",
+            f"DPO step, {model}",
+            "TRL's DPOTrainer",
+            statistics.median(t["seconds"] / o["seconds"] for t, o in both),
+            ">= 1.2",
+            unit="times its pairs per second",
             pairs_per_second={name: round(STEPS * PAIRS / value, 3) for name, value in seconds.items()},
-            floor_seconds=round(step, 3), times_the_floor=round(seconds["ours"] / STEPS / step, 2), rounds=rounds,
+            floor_seconds=round(step, 3),
+            times_the_floor=round(seconds["ours"] / STEPS / step, 2),
+            rounds=rounds,
         ),
         row(
-            f"  peak memory, {model}", "TRL's", memory["ours"] / memory["trl"], "<= 0.8", unit="of its peak",
+            f"  peak memory, {model}",
+            "TRL's",
+            memory["ours"] / memory["trl"],
+            "<= 0.8",
+            unit="of its peak",
             gigabytes={name: round(value / 1e9, 2) for name, value in memory.items()},
         ),
         row(f"  losses over {STEPS} updates, {model}", "TRL's", losses, "<= 1e-4", unit="nats apart at most"),
         *(loss_rows() if model == "smollm2" else []),
         torch=torch.__version__,
-    )  # fmt: skip
+    )
 
 
 def prepared(name: str, device: str):
@@ -78,8 +87,15 @@ def prepared(name: str, device: str):
     folder = resolve(name).path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(pick_device(device))
     config = make_config(
-        "embedded", name, batch_size=PAIRS, steps=STEPS, warmup=0, learning_rate=RATE, valid_fraction=0.0, save_every=1000
-    )  # fmt: skip
+        "embedded",
+        name,
+        batch_size=PAIRS,
+        steps=STEPS,
+        warmup=0,
+        learning_rate=RATE,
+        valid_fraction=0.0,
+        save_every=1000,
+    )
     return model, AutoTokenizer.from_pretrained(folder), data.pairs().items, config
 
 
@@ -161,21 +177,35 @@ def trl(name: str, device: str) -> dict:
         started = time.monotonic()
         optimizer = torch.optim.RMSprop(model.parameters(), lr=RATE)
         arguments = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=PAIRS, max_steps=STEPS, beta=config.beta, bf16=False,
-            max_grad_norm=config.max_grad_norm, gradient_checkpointing=False, precompute_ref_log_probs=True,
-            train_sampling_strategy="sequential", report_to=[], save_strategy="no", logging_steps=1, max_length=None,
-            use_cpu=device != "cuda" and not torch.cuda.is_available(), disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=PAIRS,
+            max_steps=STEPS,
+            beta=config.beta,
+            bf16=False,
+            max_grad_norm=config.max_grad_norm,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential",
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            max_length=None,
+            use_cpu=device != "cuda" and not torch.cuda.is_available(),
+            disable_tqdm=True,
+        )
         trainer = Trainer(
-            model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+            model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
-        )  # fmt: skip
+        )
         trainer.train()
         return {"losses": losses, "seconds": time.monotonic() - started, "peak": peak()}
 
 
 def loss_rows() -> list[dict]:
-    """The loss against Rafailov et al.'s formula, and against TRL's trainer on a tiny model that has left its reference."""
+    """The loss against Rafailov et al.'s formula, and against TRL's on a tiny model that has moved."""
     import copy
 
     import datasets
@@ -206,13 +236,23 @@ def loss_rows() -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         arguments = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False, report_to=[],
-            max_length=None, use_cpu=True, beta=0.1, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=4,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            max_length=None,
+            use_cpu=True,
+            beta=0.1,
+            disable_tqdm=True,
+        )
         trainer = Trainer(
-            copy.deepcopy(model), ref_model=copy.deepcopy(reference), args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-        )  # fmt: skip
+            copy.deepcopy(model),
+            ref_model=copy.deepcopy(reference),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
         trainer.model.eval()
         theirs = float(trainer.compute_loss(trainer.model, trainer.data_collator(rows)).detach())
     width = len(rows[0]["prompt_ids"])
@@ -227,9 +267,22 @@ def loss_rows() -> list[dict]:
         ]
     mine = float(dpo_loss(*both[0], *both[1], 0.1)[0].mean())
     return [
-        row("DPO loss", "the reference implementation's formula", float((found - formula).abs().max()), "<= 1e-6", unit="nats apart at most"),
-        row("DPO loss of a model that has moved", "TRL's trainer", abs(mine - theirs), "<= 1e-6", unit="nats apart", loss=mine),
-    ]  # fmt: skip
+        row(
+            "DPO loss",
+            "the reference implementation's formula",
+            float((found - formula).abs().max()),
+            "<= 1e-6",
+            unit="nats apart at most",
+        ),
+        row(
+            "DPO loss of a model that has moved",
+            "TRL's trainer",
+            abs(mine - theirs),
+            "<= 1e-6",
+            unit="nats apart",
+            loss=mine,
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -46,10 +46,14 @@ def main():
         assert [tuple(place) for place in found["ours"][name].nonzero().tolist()] == members
     say(
         row(
-            "grouping 458,752 neurons", "data-frame rows in Python", paired(seconds, "rival"), ">= 100", unit="times as fast",
+            "grouping 458,752 neurons",
+            "data-frame rows in Python",
+            paired(seconds, "rival"),
+            ">= 100",
+            unit="times as fast",
             seconds=medians(seconds),
         )
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from lib.cli import options
 @click.option("--batch-size", type=click.IntRange(1), default=48, show_default=True, help="Prompts.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Timed batches of each.")
 def main(model, device, dtype, batch_size, rounds):
+    import rival
     import torch
-    from rival import generate_then_read
     from timing import in_turn, medians, paired, row, say
 
     from lib import data
@@ -22,6 +22,7 @@ def main(model, device, dtype, batch_size, rounds):
     from lib.neurons import mean_activations
 
     traced = load(resolve(model), device, dtype)
+    plain, tokenizer = rival.load(resolve(model).path, traced.device, traced.dtype)
     prompts = data.prompts().items[:batch_size]
     found = {}
 
@@ -29,17 +30,22 @@ def main(model, device, dtype, batch_size, rounds):
         *_, found["ours"] = mean_activations(traced, prompts, batch_size)
 
     def theirs():
-        found["theirs"] = generate_then_read(traced, prompts, batch_size)
+        found["theirs"] = rival.generate_then_read(plain, tokenizer, prompts, batch_size)
 
     seconds = in_turn({"rival": theirs, "ours": ours}, rounds)
     torch.testing.assert_close(found["ours"].activation, found["theirs"], rtol=1e-3, atol=1e-5)
     say(
         row(
-            "mean activations", "generate, then forward again", paired(seconds, "rival"), ">= 1.8", unit="times as fast",
-            seconds=medians(seconds), prompts=batch_size,
+            "mean activations",
+            "generate, then forward again",
+            paired(seconds, "rival"),
+            ">= 1.8",
+            unit="times as fast",
+            seconds=medians(seconds),
+            prompts=batch_size,
         ),
         model=model,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

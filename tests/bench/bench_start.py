@@ -1,4 +1,4 @@
-"""Seconds from a script's start to its first trace on a cached model, against imports alone and transformers' own loading.
+"""Seconds from a script's start to its first trace on a cached model, against imports and transformers' own loading.
 
 python tests/bench/bench_start.py                 # a minute
 """
@@ -46,7 +46,9 @@ def main(model, rounds):
         subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 
     def loads():
-        subprocess.run([sys.executable, "-c", LOADS.format(folder=resolve(model).path)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", LOADS.format(folder=resolve(model).path)], check=True, capture_output=True
+        )
 
     with tempfile.TemporaryDirectory() as folder:
 
@@ -59,15 +61,22 @@ def main(model, rounds):
         seconds = in_turn({"imports": imports, "transformers": loads, "ours": script}, rounds)
     say(
         row(
-            "start of a script, to its first trace", "import torch, transformers, nnsight", 1 / paired(seconds, "imports"),
-            "<= 1.3", unit="times as long", seconds=medians(seconds),
+            "start of a script, to its first trace",
+            "import torch, transformers, nnsight",
+            1 / paired(seconds, "imports"),
+            "<= 1.3",
+            unit="times as long",
+            seconds=medians(seconds),
         ),
         row(
-            "  the same", "these and AutoModelForCausalLM, AutoTokenizer", 1 / paired(seconds, "transformers"), "<= 1.3",
+            "  the same",
+            "these and AutoModelForCausalLM, AutoTokenizer",
+            1 / paired(seconds, "transformers"),
+            "<= 1.3",
             unit="times as long",
         ),
         model=model,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

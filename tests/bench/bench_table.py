@@ -22,8 +22,8 @@ SETS, STRENGTHS = 4, (0.5, 1.0, 1.5)  # with the two models and one scaled edit:
 
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "device", "dtype")
-@click.option("--prompts", "n_prompts", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--passages", "n_passages", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--prompts", "n_prompts", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--passages", "n_passages", type=click.IntRange(1), default=4, show_default=True)
 def main(model, device, dtype, n_prompts, n_passages):
     from timing import in_turn, medians, paired, row, say
 
@@ -50,11 +50,17 @@ def main(model, device, dtype, n_prompts, n_passages):
         )  # a near tie of tokens may fall apart
     say(
         row(
-            f"a table of {len(found['ours'])} conditions, 3 metrics", "the papers' procedure", paired(seconds, "rival"), ">= 3",
-            unit="times as fast", seconds=medians(seconds), prompts=n_prompts, passages=n_passages,
+            f"a table of {len(found['ours'])} conditions, 3 metrics",
+            "the papers' procedure",
+            paired(seconds, "rival"),
+            ">= 3",
+            unit="times as fast",
+            seconds=medians(seconds),
+            prompts=n_prompts,
+            passages=n_passages,
         ),
         model=model,
-    )  # fmt: skip
+    )
 
 
 def moved(folder: str, out: Path) -> Path:
@@ -117,9 +123,16 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
     scorer, table = metrics.scorer("profanity-check"), {}
     for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}.items():
         measured = evaluation.measure(
-            post if name == "dpo" else base, texts, scorer, n_prompts, SOUND, script.generate,
-            script.negative_log_likelihood, edit, position_0=False,
-        )  # fmt: skip
+            post if name == "dpo" else base,
+            texts,
+            scorer,
+            n_prompts + n_passages,
+            SOUND,
+            script.generate,
+            script.negative_log_likelihood,
+            edit,
+            position_0=False,
+        )
         table[name] = {
             "toxicity": sum(measured["toxicity"]) / n_prompts,
             "log_ppl": sum(measured["nll"]) / sum(measured["tokens"]),
@@ -130,19 +143,19 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
 
 def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
     import pandas
+    import rival
     import torch
-    from rival import clamping, generate_then_read, hooked
 
-    from lib import evaluation, metrics
-    from lib.generation import batches, decode, end_ids, greedy, until_end
+    from lib import metrics, models
+    from lib.generation import batches, decode, greedy, until_end
     from lib.interventions import NO_EDIT
-    from lib.models import load, resolve
     from lib.neurons import value_projections
-    from lib.protocol import SOUND
 
     prompts, passages, probe = inputs(n_prompts, n_passages)
-    base, post = (load(resolve(str(file)), device, dtype) for file in files)
-    pre, after = (generate_then_read(model, prompts, n_prompts) for model in (base, post))
+    device = models.pick_device(device)
+    dtype = models.pick_dtype(dtype, device)
+    (base, tokenizer), (post, _) = (rival.load(file, device, dtype) for file in files)
+    pre, after = (rival.generate_then_read(network, tokenizer, prompts, n_prompts) for network in (base, post))
     columns = {"pre": pre, "post": after}
     columns["before"], columns["cosine"] = value_projections(base, probe.unit, False)
     columns["after"] = value_projections(post, probe.unit, False)[0]
@@ -158,36 +171,39 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
     conditions = {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}
     table = {name: {} for name in conditions}
     for metric in ("toxicity", "log_ppl", "f1"):  # a run each
-        base, post = (load(resolve(str(file)), device, dtype) for file in files)
-        texts = evaluation.make_texts(base, prompts, passages, "", SOUND)
-        ends, scorer = end_ids(base), metrics.scorer("profanity-check")
+        (base, tokenizer), (post, _) = (rival.load(file, device, dtype) for file in files)
+        windows, continued = texts_of(tokenizer, passages)
+        ends, scorer = set(rival.end_ids(base)), metrics.scorer("profanity-check")
         for name, edit in conditions.items():
-            model = post if name == "dpo" else base
-            network = model._module
-            with hooked(model, clamping(edit, slice(None), model.device)), torch.no_grad():
+            network = post if name == "dpo" else base
+            values = []
+            with rival.hooked(network, rival.clamping(edit, slice(None), device)), torch.no_grad():
                 if metric == "toxicity":
-                    scores = []
-                    for batch in batches(model.tokenizer, prompts, n_prompts, model.device):
+                    for batch in batches(tokenizer, prompts, n_prompts, device):
                         new = network.generate(**batch, **greedy())[:, batch["input_ids"].shape[1] :]
-                        texts_found = decode(model.tokenizer, until_end(new, ends))
-                        scores += [float(scorer([text])[0]) for text in texts_found]
-                    value = sum(scores) / len(scores)
+                        values += [float(scorer([text])[0]) for text in decode(tokenizer, until_end(new, ends))]
                 elif metric == "log_ppl":
-                    total = count = 0
-                    for ids in texts.windows:
-                        ids = torch.tensor([ids], device=model.device)
-                        total += float(network(ids, labels=ids).loss) * (ids.shape[1] - 1)
-                        count += ids.shape[1] - 1
-                    value = total / count
+                    for ids in windows:
+                        ids = torch.tensor([ids], device=device)
+                        values += [float(network(ids, labels=ids).loss)] * (ids.shape[1] - 1)
                 else:
-                    f1 = []
-                    for ids, reference in texts.continued:
-                        ids = torch.tensor([ids], device=model.device)
+                    for ids, reference in continued:
+                        ids = torch.tensor([ids], device=device)
                         new = network.generate(ids, attention_mask=torch.ones_like(ids), **greedy())[:, ids.shape[1] :]
-                        f1.append(metrics.token_f1(until_end(new, ends)[0], reference))
-                    value = sum(f1) / len(f1)
-            table[name][metric] = value
+                        values.append(metrics.token_f1(until_end(new, ends)[0], reference))
+            table[name][metric] = sum(values) / len(values)
     return table
+
+
+def texts_of(tokenizer, passages: list[str]):
+    """The windows and F1's prompts and references, as `lib.evaluation.make_texts` cuts them."""
+    from types import SimpleNamespace
+
+    from lib.evaluation import make_texts
+    from lib.protocol import SOUND
+
+    texts = make_texts(SimpleNamespace(tokenizer=tokenizer), [], passages, "", SOUND)
+    return texts.windows, texts.continued
 
 
 if __name__ == "__main__":

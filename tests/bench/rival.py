@@ -4,17 +4,25 @@ from contextlib import contextmanager
 
 import torch
 
-from lib.generation import NEW_TOKENS, batches, end_ids, greedy
-from lib.models import d_mlp, mlp_out, n_layers
+from lib.generation import batches, greedy
+from lib.models import FAMILIES, reach
+
+
+def load(folder, device: str, dtype):
+    """A model as transformers loads it, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device), AutoTokenizer.from_pretrained(folder)
 
 
 @contextmanager
-def hooked(model, make):
+def hooked(network, make):
     """Inside, `make(layer)` is a forward pre-hook of every layer's MLP output map; None: no hook there."""
+    kind = FAMILIES[network.config.model_type]
     handles = [
-        mlp_out(model, layer)._module.register_forward_pre_hook(hook)
-        for layer in range(n_layers(model))
-        if (hook := make(layer))
+        reach(layer, kind.mlp_out).register_forward_pre_hook(hook)
+        for at, layer in enumerate(reach(network, kind.layers))
+        if (hook := make(at))
     ]
     try:
         yield
@@ -40,11 +48,15 @@ def clamping(edit, where: slice, device):
     return make
 
 
-def generate_then_read(model, prompts: list[str], batch_size: int) -> torch.Tensor:
+def end_ids(network) -> list[int]:
+    eos = network.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+
+def generate_then_read(network, tokenizer, prompts: list[str], batch_size: int) -> torch.Tensor:
     """Mean activations `[n_layers, d_mlp]`: generate, then a second forward pass over prompt and continuation."""
-    network, ends = model._module, torch.tensor(sorted(end_ids(model)))
-    total, count = torch.zeros(n_layers(model), d_mlp(model), dtype=torch.float64), 0.0
-    for batch in batches(model.tokenizer, prompts, batch_size, model.device):
+    ends, total, count = torch.tensor(end_ids(network)), 0, 0.0
+    for batch in batches(tokenizer, prompts, batch_size, network.device):
         with torch.no_grad():
             ids = network.generate(**batch, **greedy())
         width = batch["input_ids"].shape[1]
@@ -62,10 +74,10 @@ def generate_then_read(model, prompts: list[str], batch_size: int) -> torch.Tens
             return hook
 
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        with hooked(model, make), torch.no_grad():
+        with hooked(network, make), torch.no_grad():
             network(input_ids=ids, attention_mask=attention, position_ids=positions)
-        for layer, m in collected.items():
-            total[layer] += torch.einsum("bp,bpn->n", counted, m.cpu().double())
+        total = total + torch.stack(
+            [torch.einsum("bp,bpn->n", counted, m.cpu().double()) for _, m in sorted(collected.items())]
+        )
         count += float(counted.sum())
-    assert new.shape[1] == NEW_TOKENS
     return total / count
