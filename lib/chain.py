@@ -4,6 +4,7 @@ Each artifact is made by its own command when it is missing (`experiments/train_
 the cache afterwards.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,12 @@ def run(*command: str) -> Path:
     Raises:
         click.exceptions.Exit: with the command's exit code; it has said on stderr what was wrong.
     """
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    # A SIGTERM ends the command too: subprocess.run kills it when an exception passes by.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if done.returncode:
         raise click.exceptions.Exit(done.returncode)
     return Path(done.stdout.strip().splitlines()[-1])

@@ -36,7 +36,7 @@ def test_an_experiment_in_bf16(llama):
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 2 / GB  # keys and values, bf16
     cache = 64 * (MAX_PROMPT_TOKENS + NEW_TOKENS) * token
     step = 64 * config.vocab_size * (2 + 4) / GB  # one position's logits, bf16 and float32
-    read = PERPLEXITY_TOKENS * config.vocab_size * (2 + 4 + 4) / GB  # all positions': bf16, and a row of float32 at a time
+    read = PERPLEXITY_TOKENS * config.vocab_size * (2 + 4 + 4) / GB  # of all positions; float32 row by row
     assert 2 * weights + cache + max(step, read) < 36 < 80
     means = 2 * 2 * config.num_hidden_layers * config.intermediate_size * 8 / GB  # float64 sums of two models
     assert means < 0.1

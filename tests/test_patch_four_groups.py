@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, run
 from safetensors.torch import load_file
@@ -131,6 +132,61 @@ def test_killed_and_run_again_gives_the_same_record(whole, tmp_path, conditions)
     assert again.returncode == 0, again.stderr
     assert without_times(out) == without_times(folder)
     assert (out / "generations.jsonl").read_text() == (folder / "generations.jsonl").read_text()
+
+
+def test_sigterm_ends_within_five_seconds(whole, tmp_path):
+    """What was finished stays, and the next run goes on."""
+    options, folder, _, cache = whole
+    out = tmp_path / "ended"
+    arguments = [sys.executable, *command({**options, "--out": out})]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env={**os.environ, "DPO_NEURONS_CACHE": cache}, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: list(tmp_path.glob("ended.partial/conditions/*.json")))
+    process.terminate()
+    process.wait(5)
+    kept = {file: file.read_bytes() for file in tmp_path.glob("ended.partial/conditions/*.json")}
+    assert process.returncode and kept and not out.exists()
+    again = run(*arguments[1:], cwd=ROOT, DPO_NEURONS_CACHE=cache)
+    assert again.returncode == 0 and without_times(out) == without_times(folder)
+
+
+def test_sigterm_ends_the_training_that_it_waits_for(whole, tmp_path):
+    options, _, _, _ = whole
+    given = {name: value for name, value in options.items() if name != "--post"} | {"--out": tmp_path / "out"}
+    process = subprocess.Popen(
+        [sys.executable, *command(given)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        env={**os.environ, "DPO_NEURONS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+
+    def training():
+        return [one for one in psutil.Process(process.pid).children() if "dpo" in one.cmdline()]
+
+    until(training)
+    (child,) = training()
+    process.terminate()
+    process.wait(5)
+    assert process.returncode and not child.is_running()
+
+
+def test_a_clock_that_jumps(whole, tmp_path):
+    """The time of day goes hours back and forth at every look: the record is the same."""
+    options, folder, _, cache = whole
+    (tmp_path / "sitecustomize.py").write_text(
+        "import random, time\nreal = time.time\ntime.time = lambda: real() + random.uniform(-9e4, 9e4)\n"
+    )
+    out = tmp_path / "out"
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = run(*command({**options, "--out": out}), cwd=ROOT, DPO_NEURONS_CACHE=cache, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert without_times(out) == without_times(folder)
+
+
+def until(ready) -> None:
+    end = time.monotonic() + 120
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):

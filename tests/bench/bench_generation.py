@@ -32,9 +32,7 @@ def main(model, device, dtype, batch_size, rounds, batches):
     from lib.generation import NEW_TOKENS, greedy
     from lib.models import load, resolve
 
-    spec = importlib.util.spec_from_file_location("patch", ROOT / "experiments" / "patch_four_groups.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = patch_script()
     traced = load(resolve(model), device, dtype)
     plain, _ = rival.load(resolve(model).path, traced.device, traced.dtype)
     batch, edit = make_inputs(traced, batch_size)
@@ -78,6 +76,14 @@ def main(model, device, dtype, batch_size, rounds, batches):
         ),
         model=model,
     )
+
+
+def patch_script():
+    """experiments/patch_four_groups.py, as a module."""
+    spec = importlib.util.spec_from_file_location("patch", ROOT / "experiments" / "patch_four_groups.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def make_inputs(model, batch_size: int) -> tuple[dict, object]:

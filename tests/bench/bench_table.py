@@ -8,7 +8,6 @@ toxicity and perplexities. The model after DPO is the base model with noise in i
     python tests/bench/bench_table.py                 # about five minutes on two CPU cores
 """
 
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import click
 
 from lib.cli import options
 
-ROOT = Path(__file__).parents[2]
 SETS, STRENGTHS = 4, (0.5, 1.0, 1.5)  # with the two models and one scaled edit: 15 conditions
 
 
@@ -104,14 +102,14 @@ def inputs(n_prompts: int, n_passages: int):
 
 
 def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
+    from bench_generation import patch_script
+
     from lib import evaluation, metrics, neurons
     from lib.interventions import NO_EDIT
     from lib.models import load, resolve
     from lib.protocol import SOUND, with_released
 
-    spec = importlib.util.spec_from_file_location("patch", ROOT / "experiments" / "patch_four_groups.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = patch_script()
     prompts, passages, probe = inputs(n_prompts, n_passages)
     base, post = (load(resolve(str(file)), device, dtype) for file in files)
     means = []
