@@ -12,7 +12,7 @@ import click
 
 from lib.cli import options
 
-COMMENTS, SAMPLE = 2000, 48
+COMMENTS, SAMPLE = 2000, 32
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -5,7 +5,7 @@ data-frame rows; then a run for each metric, which loads the model, and in it ea
 passages read and continued one at a time. (Prompts are generated from in batches there too.) Both end with the same
 toxicity and perplexities. The model after DPO is the base model with noise in its weights: its quality costs nothing.
 
-    python tests/bench/bench_table.py                 # about five minutes on two CPU cores
+    python tests/bench/bench_table.py --model smollm2 # about five minutes on two CPU cores
 """
 
 import tempfile
@@ -15,13 +15,13 @@ import click
 
 from lib.cli import options
 
-SETS, STRENGTHS = 4, (0.5, 1.0, 1.5)  # with the two models and one scaled edit: 15 conditions
+STRENGTHS = (0.5, 1.0, 1.5)  # of four sets; with one more and the two models: 15 conditions
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "device", "dtype")
-@click.option("--prompts", "n_prompts", type=click.IntRange(1), default=12, show_default=True)
-@click.option("--passages", "n_passages", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--prompts", "n_prompts", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--passages", "n_passages", type=click.IntRange(1), default=11, show_default=True)
 def main(model, device, dtype, n_prompts, n_passages):
     from timing import in_turn, medians, paired, row, say
 
@@ -90,14 +90,14 @@ def plans_of(found: dict, probe) -> dict:
     return plans | {"top": interventions.clamp(top, found["pre"], found["post"]).edit()}
 
 
-def inputs(n_prompts: int, n_passages: int):
+def inputs(n_prompts: int, n_passages: int, d_model: int):
     """Prompts, passages, and a direction in the probe's place."""
     import torch
 
     from lib import data
     from lib.probes import Probe
 
-    direction = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(d_model, generator=torch.Generator().manual_seed(0))
     return data.prompts().items[:n_prompts], data.passages().items[:n_passages], Probe(direction, 0.0)
 
 
@@ -110,8 +110,8 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
     from lib.protocol import SOUND, with_released
 
     script = patch_script()
-    prompts, passages, probe = inputs(n_prompts, n_passages)
     base, post = (load(resolve(str(file)), device, dtype) for file in files)
+    prompts, passages, probe = inputs(n_prompts, n_passages, base._module.config.hidden_size)
     means = []
     for model in (base, post):
         *_, last = neurons.mean_activations(model, prompts, n_prompts)
@@ -149,10 +149,10 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
     from lib.interventions import NO_EDIT
     from lib.neurons import value_projections
 
-    prompts, passages, probe = inputs(n_prompts, n_passages)
     device = models.pick_device(device)
     dtype = models.pick_dtype(dtype, device)
     (base, tokenizer), (post, _) = (rival.load(file, device, dtype) for file in files)
+    prompts, passages, probe = inputs(n_prompts, n_passages, base.config.hidden_size)
     pre, after = (rival.generate_then_read(network, tokenizer, prompts, n_prompts) for network in (base, post))
     columns = {"pre": pre, "post": after}
     columns["before"], columns["cosine"] = value_projections(base, probe.unit, False)

@@ -19,14 +19,14 @@ import click
 HERE = Path(__file__).parent
 RECORD = HERE.parents[1] / "results" / "bench" / "bench.json"
 BENCHES = {
-    "generation": ["bench_generation.py"],
-    "table": ["bench_table.py"],
+    "generation": ["bench_generation.py", "--rounds", "3"],
+    "table": ["bench_table.py", "--model", "smollm2"],
     "probe": ["bench_probe_features.py"],
-    "means": ["bench_mean_activations.py"],
+    "means": ["bench_mean_activations.py", "--rounds", "1"],
     "grouping": ["bench_grouping.py"],
     "dpo": ["bench_dpo.py"],
     "dpo-smollm2": ["bench_dpo.py", "--model", "smollm2"],
-    "start": ["bench_start.py"],
+    "start": ["bench_start.py", "--rounds", "3"],
 }
 
 
