@@ -123,14 +123,13 @@ def observe(post, base, batches: list[dict], layers: list[int], chosen: list[tup
         for batch in batches:
             own = slice(first, first + len(batch["input_ids"]))
             first = own.stop
-            with model.trace(batch) as tracer:
+            with model.trace(batch, logits_to_keep=1):
                 for at, layer in enumerate(layers):
                     streams[which, at, own] = mlp_norm(model, layer).input[:, -1].float().cpu()
                     m = mlp_out(model, layer).input[:, -1].float().cpu()  # [batch, d_mlp]
                     for place, (where, index) in enumerate(chosen):
                         if where == layer:
                             activations[which, own, place] = m[:, index]
-                tracer.stop()  # the head is not needed
     return activations.double(), [reduced(*streams[:, at].double()) for at in range(len(layers))]
 
 

@@ -127,12 +127,13 @@ def _weighted_means(model, weighted: list[tuple[dict, torch.Tensor]], remote) ->
     kind = FAMILIES[model._module.config.model_type]
     epsilon = getattr(model._module.config, "rms_norm_eps", 0.0)
     sizes = (2, n_layers(model), d_mlp(model))
+    # The traces run on past the last activation: an adapter (`lib.models.adapted`) has work to do there.
     with session(model, remote):
         place = "cpu" if model.device.type == "mps" else model.device
         sums = nnsight.save(torch.zeros(sizes, dtype=torch.float64, device=place))
         for batch, weights in weighted:
             weight = weights.to(place)
-            with model.trace(batch) as tracer:
+            with model.trace(batch, logits_to_keep=1):
                 for layer in range(sizes[1]):
                     neurons = mlp_out(model, layer)
                     m = neurons.input.to(place).double()  # [batch, positions, d_mlp]
@@ -140,7 +141,6 @@ def _weighted_means(model, weighted: list[tuple[dict, torch.Tensor]], remote) ->
                     if kind.post_norm:
                         power = neurons.output.to(place).double().square().mean(-1)  # [batch, positions]
                         sums[1, layer] += torch.einsum("bp,bpn->n", weight * (power + epsilon).rsqrt(), m)
-                tracer.stop()  # the head is not needed
     count = sum(float(weights.sum()) for _, weights in weighted)
     activation, write = sums.cpu() / count
     return Means(activation, write if kind.post_norm else activation)
