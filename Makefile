@@ -14,7 +14,7 @@ test: .venv/made
 test-ndif: .venv/made .venv-ndif/made
 	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif PYTHONPATH=tests:tests/ndif $(BIN)/python -m pytest -p service tests/ndif
 
-# Under 20 minutes beside nothing else; writes results/bench/bench.json.
+# About 22 minutes on two cores; writes results/bench/bench.json.
 bench: .venv/made
 	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,bench]"
 	$(BIN)/python tests/bench/run.py

@@ -80,7 +80,8 @@ def shard(model, masks: dict) -> tuple[dict, object]:
         return masks, model
     from torch.distributed.fsdp import fully_shard
 
-    skeleton = copy.deepcopy(model).to("meta")
+    weightless = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    skeleton = copy.deepcopy(model, weightless)
     by_name = {name: masks[p] for name, p in model.named_parameters() if p in masks}
     for layer in layers_of(model):
         fully_shard(layer)

@@ -2,7 +2,7 @@
 
 Prints the table with pass or fail, and writes results/bench/bench.json.
 
-    python tests/bench/run.py                         # under 20 minutes on two CPU cores
+    python tests/bench/run.py                         # about 22 minutes on two CPU cores
     python tests/bench/run.py generation grouping --out my.json
 """
 
