@@ -179,12 +179,12 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
         raise UserError(f"{source.name}: the model cannot be read from {source.path} ({error}).") from error
     complete(model._module, source)
     for name, weight in model._module.named_parameters():
-        # A finite sum has finite terms, and takes a twentieth of the time; a sum can overflow where no term does.
+        # A finite sum has finite terms, and is quicker to take; it can overflow where no term does.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
     model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
-    # transformers hands the head a slice of the hidden states, whose rows torch would multiply one by one: twenty times
-    # as slow over 262,144 tokens.
+    # transformers hands the head a slice of the hidden states, whose rows torch would multiply one by one, as the weight
+    # needs no gradient.
     model._module.lm_head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
     return model
 
