@@ -183,8 +183,8 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise UserError(f"{source.name}: weight {name} holds NaN or infinity; the checkpoint is broken.")
     model._module.requires_grad_(False)  # nothing here trains; traces keep no autograd graph
-    # transformers hands the head a slice of the hidden states, whose rows torch would multiply one by one, as the weight
-    # needs no gradient.
+    # transformers hands the head a slice of the hidden states, whose rows torch would multiply one by one, the weight
+    # being one without a gradient.
     model._module.lm_head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
     return model
 
