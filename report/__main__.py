@@ -1,0 +1,104 @@
+"""Build one page of all that was measured: results/report.html, from the records alone.
+
+A page for each paper (every table as published and as measured, with intervals, and whether it agrees), the plot of
+toxicity against perplexity, the groups and layers of each model, cards of neurons, and the provenance of each number.
+The file holds everything that it shows and needs no network.
+
+    python -m report                     # seconds; or `make report`
+    python -m report --results runs --out my_report.html
+"""
+
+import base64
+import json
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parents[1]
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option(
+    "--results", "root", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "results", help="Records."
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: report.html among the records]")
+def main(root, out):
+    from lib.artifacts import writing
+    from report.records import Records
+
+    out = out or root / "report.html"
+    page = build(Records(root))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ready = out.with_name(out.name + ".new")
+        ready.write_text(page, encoding="utf-8")
+        ready.replace(out)
+    click.echo(out)
+
+
+def build(records) -> str:
+    """The page."""
+    from importlib.metadata import version
+
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    from lib import results
+    from lib.metrics import mask
+    from report import chart, lee2024, yang2025
+    from report.compare import PAPER_MODELS
+
+    papers = [
+        {"id": name, "short": short, "title": module.TITLE, "comparisons": list(module.comparisons(records))}
+        for name, short, module in (("yang2025", "Yang", yang2025), ("lee2024", "Lee", lee2024))
+    ]
+    for paper in papers:
+        for place, one in enumerate(paper["comparisons"]):
+            one.anchor = f"{paper['id']}-{place}"
+    plots = [
+        entry(f"pareto-{run.model}", f"{run.model}: toxicity against perplexity", run, chart.pareto(records, run))
+        for run in records.of("edits_against_dpo")
+    ]
+    views = []
+    for run in records.of("patch_four_groups"):
+        views.append(entry(f"groups-{run.model}", f"{run.model}: shares of the groups", run, chart.groups(run)))
+        views.append(entry(f"layers-{run.model}", f"{run.model}: reduction by layer", run, chart.layers(run)))
+    models = sorted({run.model for run in records.every.values()})
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    charts = {one["id"]: one["chart"] for one in plots + views}
+    pages = [("overview", "Overview"), *((paper["id"], f"{paper['short']} et al.") for paper in papers)]
+    return environment.get_template("page.html.j2").render(
+        pages=[*pages, ("models", "Groups and layers"), ("neurons", "Neurons"), ("records", "Records")],
+        papers=papers,
+        plots=plots,
+        views=views,
+        cards=records.of("neuron_card"),
+        records=records.every.values(),
+        n_records=len(records.every),
+        models=models,
+        missing=[model for model in PAPER_MODELS if model not in models],
+        charts=json.dumps(charts).replace("</", "<\\/"),
+        plotly=get_plotlyjs(),
+        css=(Path(__file__).parent / "page.css").read_text("utf-8"),
+        js=(Path(__file__).parent / "page.js").read_text("utf-8"),
+        inline=inline,
+        mask=mask,
+        version="0.1.0",
+        commit=results.commit()["commit"][:12],
+    )
+
+
+def entry(name: str, title: str, record, made: dict) -> dict:
+    """A chart with its id, title and record."""
+    return {"id": name.replace("/", "-"), "title": title, "record": record, "chart": made}
+
+
+def inline(path: Path) -> str:
+    """An image as a data address."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+if __name__ == "__main__":
+    main()

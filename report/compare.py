@@ -1,0 +1,83 @@
+"""What a table of the report is made of: published and measured numbers, and when they agree."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from report.records import Record
+
+PAPER_MODELS = ("gpt2", "llama", "gemma", "mistral")
+
+
+class Value(NamedTuple):
+    """A cell: its text, the number that its column is sorted by, and the record that it comes from (None: a paper)."""
+
+    text: str
+    number: float | None = None
+    record: Record | None = None
+
+
+class Verdict(NamedTuple):
+    """Whether a claim holds in one record."""
+
+    label: str
+    agrees: bool
+    because: str  # the numbers that the rule looked at
+    record: Record
+
+
+@dataclass
+class Comparison:
+    """One table or figure of a paper beside ours."""
+
+    place: str  # in the paper
+    claim: str
+    rule: str  # when a record agrees
+    columns: list[str] = field(default_factory=list)
+    lines: list[list[Value]] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    figures: list[tuple[Record, Path]] = field(default_factory=list)
+    anchor: str = ""  # the id on the page
+
+    def judge(self, label: str, agrees: bool, because: str, record: Record) -> None:
+        """Add a verdict."""
+        self.verdicts.append(Verdict(label, bool(agrees), because, record))
+
+    def show(self, record: Record, *names: str) -> None:
+        """Add figures of a record."""
+        self.figures += [(record, path) for path in record.figures if path.stem in names]
+
+
+def published(number: float | None, digits: int = 3) -> Value:
+    """A number of a paper."""
+    return Value("" if number is None else f"{number:.{digits}f}", number)
+
+
+def plain(text: str) -> Value:
+    """A line's name."""
+    return Value(text)
+
+
+def measured(found: dict | float | None, record: Record, digits: int = 3) -> Value:
+    """A number of ours, with its interval where it has one."""
+    if found is None:
+        return Value("")
+    if isinstance(found, dict):
+        return Value(bounds(found, digits), found["mean"], record)
+    return Value(f"{found:.{digits}f}", found, record)
+
+
+def bounds(found: dict, digits: int = 3) -> str:
+    """`mean [low, high]`."""
+    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def overlaps(found: dict, others: list[float]) -> bool:
+    """Whether an interval and the range of the papers' models have a value in common."""
+    return found["low"] <= max(others) and found["high"] >= min(others)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Values over seeds: `a to b`."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,241 @@
+"""Lee et al. 2024, table by table and figure by figure, beside our records."""
+
+import math
+from collections.abc import Iterator
+
+from lib import paper
+from report.compare import Comparison, bounds, measured, plain, published, spread
+from report.records import Record, Records
+
+TITLE = "Lee et al. 2024: A Mechanistic Understanding of Alignment Algorithms: A Case Study on DPO and Toxicity"
+
+
+def comparisons(records: Records) -> Iterator[Comparison]:
+    """Every table and figure with numbers, in the paper's order. Table 5 holds settings; table 6 those of PPLM."""
+    yield steering(records)
+    yield unalign(records)
+    yield lens(records)
+    yield from parameters(records)
+    yield toxic_neurons(records)
+    yield offset(records)
+    yield against(records)
+    yield parts(records)
+
+
+def steering(records: Records) -> Comparison:
+    """Table 2."""
+    found = Comparison(
+        "Table 2: subtracting a toxic vector",
+        "Subtracting the probe, a toxic value vector or the first SVD direction lowers toxicity at DPO's perplexity.",
+        "each lowers toxicity by its 95 % interval, and more than a random value vector does, the intervals of "
+        "% of DPO's cut apart",
+        ["steering", "toxicity", "% of DPO's cut", "log-perplexity", "F1"],
+    )
+    none, dpo = paper.LEE["none"][0], paper.LEE["dpo"][0]
+    for name, (toxicity, perplexity, f1) in paper.LEE.items():
+        if name != "unalign":
+            cut = None if name == "none" else 100 * (none - toxicity) / (none - dpo)
+            numbers = (published(toxicity), published(cut, 0), published(math.log(perplexity), 2), published(f1))
+            found.lines.append([plain(f"gpt2 (published): {name}"), *numbers])
+    for run in records.of("steer"):
+        for row in run.rows:
+            if row["of"]:
+                continue
+            cut = None if row["condition"] == "none" else row["percent_of_dpo"]
+            found.lines.append(
+                [plain(f"{run.model}: {row['condition']}"), measured(row["toxicity"], run), measured(cut, run, 0),
+                 measured(row["log_ppl"], run, 2), measured(row.get("f1"), run)]
+            )  # fmt: skip
+        random = run.row("steer random alpha*", "steer")
+        for name in ("steer", "steer value", "steer svd:0"):
+            row = run.row(f"{name} alpha*", "steer")
+            if not row or not random:
+                continue
+            cut, other = row["percent_of_dpo"], random["percent_of_dpo"]
+            agrees = row["toxicity_change"]["high"] < 0 and cut["low"] > other["high"]
+            because = f"{bounds(cut, 0)} % of DPO's cut; random {bounds(other, 0)} %"
+            found.judge(f"{run.model}, {name} alpha*", agrees, because, run)
+        found.show(run, "toxicity_perplexity")
+    return found
+
+
+def unalign(records: Records) -> Comparison:
+    """Table 4."""
+    found = Comparison(
+        "Table 4: un-aligning",
+        "Scaling seven toxic keys tenfold undoes DPO.",
+        "at least half of DPO's cut comes back: 100 % less the edited model's share, its whole interval",
+        ["condition", "toxicity", "% of DPO's cut that is left", "log-perplexity"],
+    )
+    for name in ("none", "dpo", "unalign"):
+        toxicity, perplexity, _ = paper.LEE[name]
+        left = 100 * (paper.LEE["none"][0] - toxicity) / (paper.LEE["none"][0] - paper.LEE["dpo"][0])
+        numbers = (published(toxicity), published(left, 0), published(math.log(perplexity), 2))
+        found.lines.append([plain(f"gpt2 (published): {name}"), *numbers])
+    for run in records.of("unalign"):
+        for row in run.rows:
+            left = None if row["condition"] == "none" else row["percent_of_dpo"]
+            label = row["condition"] + (f", {row['kind']}" if row["kind"] != "none" else "")
+            found.lines.append(
+                [plain(f"{run.model}: {label}"), measured(row["toxicity"], run), measured(left, run, 0),
+                 measured(row["log_ppl"], run, 2)]
+            )  # fmt: skip
+        row = next((row for row in run.rows if row["kind"] == "keys" and not row["of"]), None)
+        if row:
+            left = row["percent_of_dpo"]
+            because = f"{100 - left['mean']:.0f} % [{100 - left['high']:.0f}, {100 - left['low']:.0f}] comes back"
+            found.judge(run.model, left["high"] <= 50, because, run)
+        found.show(run, "restored")
+    return found
+
+
+def lens(records: Records) -> Comparison:
+    """Figure 1."""
+    found = Comparison(
+        "Figure 1: the logit lens on toxic tokens",
+        "MLPs raise a toxic token's probability, and after DPO it is promoted far less.",
+        "with every seed MLPs make more than half of all rises (the whole interval), and the probability's change "
+        "lies below 0 and below that of plain tokens",
+        ["tokens", "% of all rises that MLPs make", "probability before DPO", "change", "% left after DPO"],
+    )
+    for run in records.of("logit_lens"):
+        for row in run.rows:
+            for kind in ("toxic", "plain"):
+                one = row[kind]
+                found.lines.append(
+                    [plain(f"{run.model}, seed {row['seed']}, {kind}"), measured(one["pre"]["mlp_share_of_rise"], run, 0),
+                     measured(one["pre"]["probability"][-1], run), measured(one["change"], run),
+                     measured(one["percent_left"], run, 2)]
+                )  # fmt: skip
+        rows = run.rows
+        shares = [row["toxic"]["pre"]["mlp_share_of_rise"]["low"] for row in rows]
+        lower = [row["toxic"]["change"]["high"] < min(0, row["plain"]["change"]["low"]) for row in rows]
+        because = f"MLPs' share at least {min(shares):.0f} %; the change lower with {sum(lower)} of {len(lower)} seeds"
+        found.judge(run.model, min(shares) > 50 and all(lower), because, run)
+        found.show(run, "logit_lens")
+    return found
+
+
+def parameters(records: Records) -> Iterator[Comparison]:
+    """Section 5.1 and figures 3, 4, 6."""
+    found = Comparison(
+        "5.1: weights barely change",
+        "Every parameter keeps a cosine above 0.99 with itself.",
+        "the lowest cosine is above 0.99 with every seed",
+        ["parameters", "lowest cosine", "mean change of an entry"],
+    )
+    for run in records.of("residual_shift"):
+        for name, one in run.rows[0]["parameters"].items():
+            cells = (measured(one["lowest_cosine"], run, 6), measured(one["mean_change"], run, 7))
+            found.lines.append([plain(f"{run.model}, {name}"), *cells])
+        lowest = [row["parameters"]["all"]["lowest_cosine"] for row in run.rows]
+        found.judge(run.model, min(lowest) > 0.99, f"{min(lowest):.6f}", run)
+    yield found
+    moved = Comparison(
+        "Figures 3, 4, 6: the residual stream moves by an offset",
+        "Before the toxic neurons' layers the residual stream moves by one offset, the same for all prompts.",
+        "with every seed, before every layer looked at, at least 80 % of the prompts move along the other prompts' mean shift",
+        ["before layer", "length of the offset, of the stream's", "% of prompts along it"],
+    )
+    for run in records.of("residual_shift"):
+        every = []
+        for layer in run.rows[0]["layers"]:
+            along = [row["layers"][layer]["percent_along"] for row in run.rows]
+            length = [row["layers"][layer]["relative_length"] for row in run.rows]
+            moved.lines.append([plain(f"{run.model}, {layer}"), over_seeds(length, run), over_seeds(along, run, 0)])
+            every += along
+        moved.judge(run.model, min(every) >= 80, f"at least {min(every):.0f} %", run)
+        moved.figures += [(run, path) for path in run.figures if path.stem.startswith("offset")][:2]
+    yield moved
+
+
+def over_seeds(values: list[float], run: Record, digits: int = 3):
+    """The range over seeds."""
+    return measured(sum(values) / len(values), run, digits)._replace(text=spread(values, digits))
+
+
+def toxic_neurons(records: Records) -> Comparison:
+    """Figure 2."""
+    found = Comparison(
+        "Figure 2: toxic neurons fire less after DPO",
+        "The five neurons that align best with the probe drop under DPO.",
+        "with every seed each one's change at the prompts' end lies below 0 by its 95 % interval",
+        ["neuron", "before", "after", "change (first seed)"],
+    )
+    for run in records.of("residual_shift"):
+        for at, one in enumerate(run.rows[0]["neurons"]):
+            before, after = ([row["neurons"][at]["last"][key] for row in run.rows] for key in ("pre", "post"))
+            cells = (over_seeds(before, run, 4), over_seeds(after, run, 4), measured(one["change_at_last"], run, 4))
+            found.lines.append([plain(f"{run.model}, {one['neuron']}"), *cells])
+        drops = [row["neurons"][at]["change_at_last"]["high"] < 0 for row in run.rows for at in range(len(row["neurons"]))]
+        found.judge(run.model, all(drops), f"{sum(drops)} of {len(drops)} neurons and seeds drop", run)
+        found.show(run, "toxic_activations")
+    return found
+
+
+def offset(records: Records) -> Comparison:
+    """Section 5.2: what writes the offset."""
+    found = Comparison(
+        "5.2: what writes the offset",
+        "Value vectors that moved, times their activations, write the offset.",
+        "with every seed, before every layer looked at, they make more than half of it",
+        ["before layer", "% by moved value vectors", "% by changed activations", "% by the rest"],
+    )
+    for run in records.of("residual_shift"):
+        every = []
+        for layer in run.rows[0]["layers"]:
+            kinds = list(run.rows[0]["layers"][layer]["contributions"])
+            values = {kind: [row["layers"][layer]["contributions"][kind] for row in run.rows] for kind in kinds}
+            found.lines.append([plain(f"{run.model}, {layer}"), *(over_seeds(values[kind], run, 0) for kind in kinds)])
+            every += values[kinds[0]]
+        found.judge(run.model, min(every) > 50, f"{spread(every, 0)} %", run)
+    return found
+
+
+def against(records: Records) -> Comparison:
+    """Figures 5, 7 to 10."""
+    found = Comparison(
+        "Figures 5, 7 to 10: value vectors move against the offset",
+        "Most value vectors move against the offset, and most activations are negative (GPT-2).",
+        "with every seed, before every layer looked at, more move against it than against any of the random "
+        "directions, and more than half of the activations are negative",
+        ["before layer", "% against the offset", "% against random directions", "% negative activations"],
+    )
+    for run in records.of("residual_shift"):
+        agree = []
+        for layer in run.rows[0]["layers"]:
+            rows = [row["layers"][layer] for row in run.rows]
+            shares, negative = ([one[key] for one in rows] for key in ("percent_against", "percent_negative_activation"))
+            random = rows[0]["percent_against_random"]
+            found.lines.append(
+                [plain(f"{run.model}, {layer}"), over_seeds(shares, run, 1), measured(random, run, 1),
+                 over_seeds(negative, run, 1)]
+            )  # fmt: skip
+            agree += [
+                one["percent_against"] > one["percent_against_random"]["high"] and one["percent_negative_activation"] > 50
+                for one in rows
+            ]
+        found.judge(run.model, all(agree), f"with {sum(agree)} of {len(agree)} layers and seeds", run)
+        found.figures += [(run, path) for path in run.figures if path.stem.startswith("cosines")][-1:]
+    return found
+
+
+def parts(records: Records) -> Comparison:
+    """Section 6.1."""
+    found = Comparison(
+        "6.1: DPO on a part of the parameters (an open question there)",
+        "DPO on a part of the parameters is harder to undo than DPO on all.",
+        "less of its cut comes back under seven scaled keys than of plain DPO's, by the 95 % interval of the difference",
+        ["trained", "parameters changed", "% of toxicity cut", "% that comes back", "more than of plain DPO's"],
+    )
+    for run in records.of("robust_alignment"):
+        less = []
+        for one in run.data["robustness"]:
+            cells = [measured(one["changed"], run, 0)._replace(text=f"{one['changed']:,.0f}")]
+            cells += [measured(one["percent_cut"], run, 1), measured(one["percent_restored"], run, 1)]
+            found.lines.append([plain(f"{run.model}, {one['variant']}"), *cells, measured(one["restored_minus_dpo"], run, 1)])
+            if one["restored_minus_dpo"]["high"] < 0:
+                less.append(one["variant"])
+        found.judge(run.model, bool(less), f"less of: {', '.join(less) or 'none'}", run)
+        found.show(run, "robustness")
+    return found

@@ -1,0 +1,86 @@
+"""The records under results/: what the report reads, and nothing else."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run's record, and the folder it lies in."""
+
+    name: str  # such as `patch_four_groups/gemma-270m`
+    folder: Path
+    data: dict
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.data["model"]
+
+    @property
+    def anchor(self) -> str:
+        """The id of its provenance on the page."""
+        return "record-" + self.name.replace("/", "-")
+
+    @property
+    def rows(self) -> list[dict]:
+        """One entry a condition or a seed."""
+        return self.data["rows"]
+
+    @property
+    def command(self) -> str:
+        """The command that made it."""
+        return " ".join(self.provenance.get("argv", []))
+
+    @property
+    def provenance(self) -> dict:
+        """Commit, versions, data hashes, seeds."""
+        return self.data["provenance"]
+
+    def row(self, condition: str, kind: str, of: str = "") -> dict | None:
+        """The row of a condition under one kind of edit."""
+        wanted = (condition, kind, of)
+        return next((row for row in self.rows if (row["condition"], row["kind"], row["of"]) == wanted), None)
+
+    @cached_property
+    def generations(self) -> list[dict]:
+        """Lines of generations.jsonl; empty where the script generates nothing."""
+        path = self.folder / "generations.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    @property
+    def figures(self) -> list[Path]:
+        """Its figures, by name."""
+        return sorted((self.folder / "figures").glob("*.png"))
+
+
+class Records:
+    """Every record under a folder."""
+
+    def __init__(self, root: Path):
+        """Raises UserError when there is none, or when one cannot be read."""
+        self.every: dict[str, Record] = {}
+        for path in sorted(root.rglob("run.json")):
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                known = {"script", "model", "rows", "provenance"} <= data.keys()
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise UserError(f"{path}: not a record ({error}); run its script again or remove it.") from error
+            if not known:
+                raise UserError(f"{path}: no record of a script (it lacks script, model, rows or provenance).")
+            name = path.parent.relative_to(root).as_posix()
+            self.every[name] = Record(name, path.parent, data)
+        if not self.every:
+            raise UserError(f"--results {root}: holds no record (run.json); run a script first, or `make results`.")
+
+    def get(self, name: str) -> Record | None:
+        """A record by name, or None where it was not run."""
+        return self.every.get(name)
+
+    def of(self, script: str) -> list[Record]:
+        """A script's main record on each model that it was run on: `<script>/<model>`."""
+        return [one for one in self.every.values() if one.name == f"{script}/{one.model.replace('/', '--')}"]
