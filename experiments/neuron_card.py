@@ -13,7 +13,7 @@ Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post)
 tokens: profanity) to runs/neuron_card/<model>/; `make report` shows the cards of results/.
 
     python experiments/neuron_card.py L16.N223 L5.N1304
-    python experiments/neuron_card.py                      # the neurons best aligned with the probe, and with most delta
+    python experiments/neuron_card.py              # the neurons best aligned with the probe, and those with most delta
 """
 
 import click

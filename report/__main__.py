@@ -85,7 +85,7 @@ def build(records) -> str:
         js=(Path(__file__).parent / "page.js").read_text("utf-8"),
         inline=inline,
         mask=mask,
-        version="0.1.0",
+        version=version("dpo-neurons"),
         commit=results.commit()["commit"][:12],
     )
 

@@ -13,6 +13,7 @@ from report.records import Record, Records
 
 COLOURS = {"none": "#6b7280", "steer": "#7c3aed", "clamp": "#dc2626", "shift": "#d97706", "scale": "#0d9488"}
 SHOWN = 3  # continuations
+TICKS = [3, 3.5, 4, 5, 6, 8, 10, 15, 20, 30]  # nats
 
 
 def pareto(records: Records, run: Record) -> dict:
@@ -46,7 +47,11 @@ def pareto(records: Records, run: Record) -> dict:
     figure.update_layout(
         template="none",
         margin={"l": 60, "r": 10, "t": 10, "b": 50},
-        xaxis={"title": {"text": "log-perplexity, every position edited (log scale)"}, "type": "log"},
+        xaxis={
+            "title": {"text": "log-perplexity, every position edited (log scale)"},
+            "type": "log",
+            "tickvals": TICKS,
+        },
         yaxis={"title": {"text": f"toxicity ({run.data['params']['scorer']})"}, "rangemode": "tozero"},
         legend={"orientation": "h", "y": 1.12},
         hoverlabel={"align": "left"},

@@ -50,7 +50,7 @@ class Comparison:
 
 def published(number: float | None, digits: int = 3) -> Value:
     """A number of a paper."""
-    return Value("" if number is None else f"{number:.{digits}f}", number)
+    return Value("" if number is None else fixed(number, digits), number)
 
 
 def plain(text: str) -> Value:
@@ -64,12 +64,18 @@ def measured(found: dict | float | None, record: Record, digits: int = 3) -> Val
         return Value("")
     if isinstance(found, dict):
         return Value(bounds(found, digits), found["mean"], record)
-    return Value(f"{found:.{digits}f}", found, record)
+    return Value(fixed(found, digits), found, record)
 
 
 def bounds(found: dict, digits: int = 3) -> str:
     """`mean [low, high]`."""
-    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    mean, low, high = (fixed(found[key], digits) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def fixed(number: float, digits: int) -> str:
+    """A number with so many digits, and no minus before a zero."""
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def overlaps(found: dict, others: list[float]) -> bool:
@@ -79,5 +85,5 @@ def overlaps(found: dict, others: list[float]) -> bool:
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Values over seeds: `a to b`."""
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    low, high = fixed(min(values), digits), fixed(max(values), digits)
     return low if low == high else f"{low} to {high}"

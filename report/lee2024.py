@@ -83,7 +83,10 @@ def unalign(records: Records) -> Comparison:
         row = next((row for row in run.rows if row["kind"] == "keys" and not row["of"]), None)
         if row:
             left = row["percent_of_dpo"]
-            because = f"{100 - left['mean']:.0f} % [{100 - left['high']:.0f}, {100 - left['low']:.0f}] comes back"
+            because = (
+                bounds({"mean": 100 - left["mean"], "low": 100 - left["high"], "high": 100 - left["low"]}, 0)
+                + " % comes back"
+            )
             found.judge(run.model, left["high"] <= 50, because, run)
         found.show(run, "restored")
     return found
@@ -103,7 +106,8 @@ def lens(records: Records) -> Comparison:
             for kind in ("toxic", "plain"):
                 one = row[kind]
                 found.lines.append(
-                    [plain(f"{run.model}, seed {row['seed']}, {kind}"), measured(one["pre"]["mlp_share_of_rise"], run, 0),
+                    [plain(f"{run.model}, seed {row['seed']}, {kind}"),
+                     measured(one["pre"]["mlp_share_of_rise"], run, 0),
                      measured(one["pre"]["probability"][-1], run), measured(one["change"], run),
                      measured(one["percent_left"], run, 2)]
                 )  # fmt: skip
@@ -134,7 +138,7 @@ def parameters(records: Records) -> Iterator[Comparison]:
     moved = Comparison(
         "Figures 3, 4, 6: the residual stream moves by an offset",
         "Before the toxic neurons' layers the residual stream moves by one offset, the same for all prompts.",
-        "with every seed, before every layer looked at, at least 80 % of the prompts move along the other prompts' mean shift",
+        "with every seed, before every layer looked at, at least 80 % of the prompts move along the others' mean shift",
         ["before layer", "length of the offset, of the stream's", "% of prompts along it"],
     )
     for run in records.of("residual_shift"):
@@ -167,7 +171,9 @@ def toxic_neurons(records: Records) -> Comparison:
             before, after = ([row["neurons"][at]["last"][key] for row in run.rows] for key in ("pre", "post"))
             cells = (over_seeds(before, run, 4), over_seeds(after, run, 4), measured(one["change_at_last"], run, 4))
             found.lines.append([plain(f"{run.model}, {one['neuron']}"), *cells])
-        drops = [row["neurons"][at]["change_at_last"]["high"] < 0 for row in run.rows for at in range(len(row["neurons"]))]
+        drops = [
+            row["neurons"][at]["change_at_last"]["high"] < 0 for row in run.rows for at in range(len(row["neurons"]))
+        ]
         found.judge(run.model, all(drops), f"{sum(drops)} of {len(drops)} neurons and seeds drop", run)
         found.show(run, "toxic_activations")
     return found
@@ -205,14 +211,17 @@ def against(records: Records) -> Comparison:
         agree = []
         for layer in run.rows[0]["layers"]:
             rows = [row["layers"][layer] for row in run.rows]
-            shares, negative = ([one[key] for one in rows] for key in ("percent_against", "percent_negative_activation"))
+            shares, negative = (
+                [one[key] for one in rows] for key in ("percent_against", "percent_negative_activation")
+            )
             random = rows[0]["percent_against_random"]
             found.lines.append(
                 [plain(f"{run.model}, {layer}"), over_seeds(shares, run, 1), measured(random, run, 1),
                  over_seeds(negative, run, 1)]
             )  # fmt: skip
             agree += [
-                one["percent_against"] > one["percent_against_random"]["high"] and one["percent_negative_activation"] > 50
+                one["percent_against"] > one["percent_against_random"]["high"]
+                and one["percent_negative_activation"] > 50
                 for one in rows
             ]
         found.judge(run.model, all(agree), f"with {sum(agree)} of {len(agree)} layers and seeds", run)
@@ -225,7 +234,7 @@ def parts(records: Records) -> Comparison:
     found = Comparison(
         "6.1: DPO on a part of the parameters (an open question there)",
         "DPO on a part of the parameters is harder to undo than DPO on all.",
-        "less of its cut comes back under seven scaled keys than of plain DPO's, by the 95 % interval of the difference",
+        "less of its cut comes back under seven scaled keys than of plain DPO's, by the difference's 95 % interval",
         ["trained", "parameters changed", "% of toxicity cut", "% that comes back", "more than of plain DPO's"],
     )
     for run in records.of("robust_alignment"):
@@ -233,7 +242,9 @@ def parts(records: Records) -> Comparison:
         for one in run.data["robustness"]:
             cells = [measured(one["changed"], run, 0)._replace(text=f"{one['changed']:,.0f}")]
             cells += [measured(one["percent_cut"], run, 1), measured(one["percent_restored"], run, 1)]
-            found.lines.append([plain(f"{run.model}, {one['variant']}"), *cells, measured(one["restored_minus_dpo"], run, 1)])
+            found.lines.append(
+                [plain(f"{run.model}, {one['variant']}"), *cells, measured(one["restored_minus_dpo"], run, 1)]
+            )
             if one["restored_minus_dpo"]["high"] < 0:
                 less.append(one["variant"])
         found.judge(run.model, bool(less), f"less of: {', '.join(less) or 'none'}", run)

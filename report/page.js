@@ -14,8 +14,7 @@ function show() {
   });
   if (target.tagName === "DETAILS") target.open = true;
   page.querySelectorAll(".chart").forEach(draw);
-  if (target === page) scrollTo(0, 0);
-  else target.scrollIntoView();
+  target.scrollIntoView();
 }
 
 function colours() {
@@ -28,7 +27,8 @@ function colours() {
 function draw(place) {
   const { figure, raw: texts, masked } = charts[place.dataset.chart];
   const { ink, line, paper, axis } = colours();
-  const layout = { ...figure.layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink } };
+  const layout = { ...figure.layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink } };
   layout.hoverlabel = { ...layout.hoverlabel, bgcolor: paper, bordercolor: line, font: { color: ink } };
   for (const name of ["xaxis", "yaxis"]) layout[name] = { ...layout[name], ...axis };
   const data = figure.data.map((trace, at) => (masked ? { ...trace, hovertext: (raw ? texts : masked)[at] } : trace));
