@@ -2,13 +2,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ndif bench lint clean
+.PHONY: demo report results docs test test-report test-ndif bench lint clean
 
 demo: .venv/made
 	$(BIN)/python experiments/patch_four_groups.py --out runs/demo --overwrite
 
+# results/report.html, from the records in results/ alone; RECORDS=runs takes your own.
+RECORDS ?= results
+report: .venv/made
+	$(BIN)/python -m report --results $(RECORDS)
+
+# Every committed record by its own command, with resume: about seven hours on two cores. See results/regenerate.py.
+results: .venv/made
+	$(BIN)/python results/regenerate.py
+
+# The public functions of lib, dpo and report, from their docstrings: docs/api/index.html.
+docs: .venv/made
+	$(BIN)/python -m pdoc -o docs/api lib dpo report
+
 test: .venv/made
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Needs Chromium and its driver (Debian: chromium, chromium-driver).
+test-report: .venv/made
+	PYTHONPATH=tests $(BIN)/python -m pytest tests/report
 
 # The server has an environment of its own: what it needs and what the project needs exclude each other.
 test-ndif: .venv/made .venv-ndif/made

@@ -111,6 +111,7 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
 
     from dpo import sharding
     from dpo.train import train
+    from lib import plots
     from lib.models import complete
     from lib.results import versions
 
@@ -147,6 +148,9 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
                 )
 
         train(model, tokenizer, loaded.items, config, folder, about, progress)
+    if sharding.rank() == 0:
+        log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        plots.training([json.loads(line) for line in log], folder / "figures" / "training.png")
     adapter = folder / "adapter_config.json"
     if sharding.rank() == 0 and adapter.exists():  # PEFT wrote the folder that the base model lay in
         described = json.loads(adapter.read_text()) | base_of_adapter(source)

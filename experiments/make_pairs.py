@@ -10,8 +10,8 @@ best-of-n   cheap: sample N continuations, take the least toxic as preferred and
 Prompts whose two sides differ in toxicity by less than --min-gap are dropped and counted.
 
 Writes JSON lines in the papers' schema (`prompt_text`, `unpert_gen_text` preferred, `pert_gen_text` rejected) with the
-toxicity of both sides, and beside it what they were made with. RAW TEXT: the file holds profanity. A killed run goes on
-with the batch of prompts that it was at.
+toxicity of both sides, and beside it what they were made with and a figure. RAW TEXT: the file holds profanity. A
+killed run goes on with the batch of prompts that it was at.
 
     python experiments/make_pairs.py                                          # 48 prompts of the embedded ones
     python experiments/make_pairs.py --model gpt2 --prompts wiki.jsonl --iterations 50    # as Lee et al.
@@ -54,7 +54,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     from rich.console import Console
     from rich.progress import track
 
-    from lib import artifacts, chain, data, metrics, probes, remote, results
+    from lib import artifacts, chain, data, metrics, plots, probes, remote, results
     from lib.models import MODELS, load, resolve, short_name
     from lib.pplm import PPLM
     from lib.protocol import SOUND
@@ -114,6 +114,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     about = {"min_gap": min_gap, "kept": len(kept), "dropped": len(whole) - len(kept), "seconds_per_prompt": seconds}
     about |= results.provenance(data={"prompts": texts.provenance})
     results.write_json(out.with_suffix(".about.json"), settings | about)
+    plots.pair_sides([pair for pair in whole if pair], min_gap, out.with_suffix(".png"))
     results.write_lines(out, kept)
     unfinished.unlink()
     click.echo(

@@ -17,7 +17,7 @@ faithful: raw rows, the 100 best of each layer and then the N = 512 best, as in 
 --concept-words puts any concept's direction in the probe's place: the words' mean unembedding minus that of all tokens.
 
 Needs a probe, made when missing or given (--probe). Writes run.json and vectors.jsonl (RAW tokens: profanity),
-neurons.txt (the N best, for `python -m dpo --trainable values:FILE`) and directions.safetensors to
+neurons.txt (the N best, for `python -m dpo --trainable values:FILE`), directions.safetensors and figures/ to
 runs/toxic_vectors/<model>/.
 
     python experiments/toxic_vectors.py
@@ -132,7 +132,7 @@ def write(run, found: list[dict], words: list[str]) -> dict:
     """The record of all seeds; vectors, neurons and directions of the first."""
     from safetensors.torch import save_file
 
-    from lib import observation, results
+    from lib import observation, plots, results
 
     first = found[0]
     results.write_lines(run.work / "vectors.jsonl", first["listed"])
@@ -140,6 +140,7 @@ def write(run, found: list[dict], words: list[str]) -> dict:
     (run.work / "neurons.txt").write_text("\n".join(best) + "\n", encoding="utf-8")
     tensors = {"direction": first["direction"].float(), "svd": first["directions"].float().contiguous()}
     save_file(tensors, run.work / "directions.safetensors")
+    plots.listed_vectors([one["row"] for one in found], run.work / "figures" / "listed_vectors.png")
     more = {"judge": run.options["judge"], "concept_words": words, "top": first["row"]["top"]}
     return observation.write(run, [one["row"] for one in found], {}, **more)
 

@@ -8,7 +8,7 @@ and AUROC on the comments without a listed profane word tells whether the probe 
 sound:    real tokens only (no padding, no BOS), before the final norm, L2 strength by cross-validation.
 faithful: as the papers' code: padded on the left to 128, mean over all positions, after the final norm, C = 1.
 
-Writes probe.safetensors (`direction` [d_model], `bias` [1]), features.safetensors, run.json.
+Writes probe.safetensors (`direction` [d_model], `bias` [1]), features.safetensors, run.json and figures/.
 
     python experiments/train_probe.py        # about a minute on two CPU cores; later runs reuse it
 """
@@ -69,7 +69,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
     from sklearn.model_selection import train_test_split
 
-    from lib import probes, vectors
+    from lib import plots, probes, vectors
     from lib.metrics import profane_pattern
     from lib.models import load
     from lib.protocol import PROTOCOLS
@@ -102,6 +102,7 @@ def train(source, comments, protocol: str, seed: int, device: str, dtype: str, b
         "train": len(fitted),
         "test": len(held_out),
     }
+    plots.probe_scores(logits, truth, ~clean, folder / "figures" / "probe_scores.png")
     probe.save(folder / "probe.safetensors")
     save_file(
         {"features": torch.tensor(features), "labels": torch.tensor(labels), "held_out": torch.tensor(held_out)},

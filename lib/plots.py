@@ -541,3 +541,68 @@ def _range(values: list[dict]) -> tuple[list[float], list[list[float]]]:
     """Means and the error bars down to `low` and up to `high`, as matplotlib takes them."""
     means = [value["mean"] for value in values]
     return means, [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
+
+
+def probe_scores(logits: np.ndarray, labels: np.ndarray, listed: np.ndarray, path: Path) -> None:
+    """The probe's log-odds of held-out comments, toxic and other, with and without a listed word. All `[n]`."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    edges = np.histogram_bin_edges(logits, 24)
+    parts = [logits[(labels == 0)], logits[(labels == 1) & ~listed], logits[(labels == 1) & listed]]
+    names = ["not toxic", "toxic, no listed word", "toxic, a listed word"]
+    axes.hist(parts, edges, stacked=True, label=names, color=["#148f77", "#e08e0b", "#c0392b"], edgecolor="white")
+    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("the probe's log-odds of being toxic")
+    axes.set_ylabel("held-out comments")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def listed_vectors(rows: list[dict], path: Path) -> None:
+    """Of each kind of vector the share with a listed word among its nearest tokens: a dot a seed (Lee table 1)."""
+    names = list(rows[0]["counts"])
+    figure, axes = plt.subplots(figsize=(6, 2.8))
+    for at, name in enumerate(reversed(names)):
+        shares = [100 * row["counts"][name]["listed"] / row["counts"][name]["vectors"] for row in rows]
+        axes.plot(shares, [at] * len(shares), "o", color="#2c5aa0" if "random" in name else "#c0392b", alpha=0.6)
+    labels = [f"{name} ({rows[0]['counts'][name]['vectors']})" for name in reversed(names)]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("% with a listed word among the nearest tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def pair_sides(pairs: list[dict], min_gap: float, path: Path) -> None:
+    """Toxicity of both sides of each pair (`unpert_gen_toxicity`, `pert_gen_toxicity`), and which are kept."""
+    preferred, rejected = (np.array([pair[f"{side}_gen_toxicity"] for pair in pairs]) for side in ("unpert", "pert"))
+    kept = rejected - preferred >= min_gap
+    figure, axes = plt.subplots(figsize=(4.2, 4))
+    for chosen, label, color in ((kept, "kept", "#148f77"), (~kept, "dropped", "#b0b0b0")):
+        axes.scatter(preferred[chosen], rejected[chosen], s=14, color=color, label=f"{label}: {chosen.sum()}")
+    axes.plot([0, 1 - min_gap], [min_gap, 1], color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set_xlabel("toxicity of the preferred side")
+    axes.set_ylabel("toxicity of the rejected side")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def training(log: list[dict], path: Path) -> None:
+    """Loss and accuracy by update, of training batches and of the held-out pairs; log: lines of log.jsonl."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    valid = [line for line in log if "valid_loss" in line]
+    for axes, name in ((left, "loss"), (right, "accuracy")):
+        axes.plot([line["step"] for line in log], [line[name] for line in log], color="#2c5aa0", label="batches")
+        axes.plot([line["step"] for line in valid], [line[f"valid_{name}"] for line in valid], "o-", color="#c0392b",
+                  label="held-out pairs")  # fmt: skip
+        axes.set_xlabel("update")
+        axes.set_ylabel(f"DPO {name}")
+        axes.set_ylim(0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,137 @@
+"""The report: numbers against the records that they come from, rules by hand, and records that are not there."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from conftest import ROOT, run
+
+from lib.metrics import profane_pattern
+from report.__main__ import build
+from report.compare import bounds, fixed, overlaps, spread
+from report.records import Records
+from report.yang2025 import percent_cut, wilson
+
+RESULTS = ROOT / "results"
+
+
+class Page(HTMLParser):
+    """Ids, links to them, and the text that is shown."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.ids, self.links, self.shown, self.hidden = [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.hidden += tag in ("script", "style")
+        if "id" in given:
+            self.ids.append(given["id"])
+        if tag == "a":
+            self.links.append(given["href"])
+        assert not given.get("src", "data:").startswith("http"), "the page needs no network"
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.shown.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return build(Records(RESULTS))
+
+
+def test_every_link_resolves_and_no_id_twice(page):
+    found = Page(page)
+    assert len(found.ids) == len(set(found.ids))
+    assert len(found.links) > 200 and {link[1:] for link in found.links} <= set(found.ids)
+
+
+def test_the_page_shows_no_listed_word(page):
+    shown = " ".join(Page(page).shown)
+    assert "Content warning" in shown and not profane_pattern().search(shown)
+
+
+def test_numbers_are_the_records(page):
+    """Cells of table 2 as they stand in the record, each a link to it, and a published number beside them."""
+    record = json.loads((RESULTS / "patch_four_groups" / "gemma-270m" / "run.json").read_text())
+    (row,) = [r for r in record["rows"] if (r["condition"], r["kind"]) == ("TP+AN", "shift")]
+    table = page[page.index("Tables 2, 19: toxicity</h3>") :]
+    cells = re.findall(r"<td.*?</td>", table[table.index("<td>TP+AN</td>") : table.index("<td>TP+AN+TN</td>")])
+    texts = [re.sub("<.*?>", "", cell) for cell in cells]
+    assert texts[:5] == ["TP+AN", "0.216", "0.465", "0.337", "0.307"]
+    assert bounds(row["toxicity"]) in texts
+    assert 'href="#record-patch_four_groups-gemma-270m"' in cells[texts.index(bounds(row["toxicity"]))]
+
+
+def test_every_record_s_provenance_stands_on_the_page(page):
+    for name, record in Records(RESULTS).every.items():
+        assert f'id="{record.anchor}"' in page and f"<code>results/{name}</code>" in page
+        assert record.provenance["commit"] in page
+
+
+def test_a_record_changes_its_mark(tmp_path):
+    """The marks follow the records: with the increasing neurons' change turned round table 19 agrees."""
+    target = tmp_path / "patch_four_groups" / "gemma-270m"
+    shutil.copytree(RESULTS / "patch_four_groups" / "gemma-270m", target)
+    before = table_19(build(Records(tmp_path)))
+    record = json.loads((target / "run.json").read_text())
+    for row in record["rows"]:
+        if row["condition"] == "increasing":
+            row["toxicity_change"] = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    (target / "run.json").write_text(json.dumps(record))
+    after = table_19(build(Records(tmp_path)))
+    assert "disagrees" in before and "✓" not in before
+    assert "✓ agrees" in after and "✗" not in after
+
+
+def table_19(page: str) -> str:
+    part = page[page.index("Table 19: the increasing neurons</h3>") :]
+    return part[: part.index("</ul>")]
+
+
+def test_what_was_not_run_is_said(tmp_path):
+    shutil.copytree(RESULTS / "train_probe", tmp_path / "train_probe")
+    page = build(Records(tmp_path))
+    assert page.count("– not yet run") > 30 and "AUROC" in page and "gpt2, llama, gemma, mistral" in page
+
+
+def test_rules_by_hand():
+    assert wilson(0.5, 100)["low"] == pytest.approx(0.4038, abs=1e-4)
+    assert wilson(0.5, 100)["high"] == pytest.approx(0.5962, abs=1e-4)
+    assert overlaps({"low": 1, "high": 2}, [2, 5]) and overlaps({"low": 3, "high": 4}, [2, 5])
+    assert not overlaps({"low": 1, "high": 1.9}, [2, 5]) and not overlaps({"low": 6, "high": 7}, [2, 5])
+    assert percent_cut("four_groups", "gpt2") == pytest.approx(100 * (0.545 - 0.139) / (0.545 - 0.21))
+    assert percent_cut("dpo", "llama") == 100 and percent_cut("none", "llama") == 0
+    assert fixed(-0.0004, 2) == "0.00" and spread([0.1, 0.2], 1) == "0.1 to 0.2" and spread([1, 1], 0) == "1"
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({}, "holds no record"),
+        ({"a/run.json": "{"}, "run.json: not a record"),
+        ({"a/run.json": "[]"}, "run.json: not a record"),
+        ({"a/run.json": "{}"}, "no record of a script"),
+    ],
+)
+def test_bad_records(tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    done = run("-m", "report", "--results", tmp_path, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and says in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command(tmp_path):
+    done = run("-m", "report", "--out", tmp_path / "deep" / "page.html", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(tmp_path / "deep" / "page.html")
+    assert (tmp_path / "deep" / "page.html").read_text().startswith("<!doctype html>")
