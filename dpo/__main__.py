@@ -51,8 +51,8 @@ from lib.embedded import EMBEDDED
 @click.option("--save-every", type=click.IntRange(1), help="Updates between saved states.")
 @click.option("--seed", type=int)
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the checkpoint.  [default: the cache]")
-@options("overwrite")
-def main(model, revision, device, dtype, pairs, preset, out, overwrite, **changes):
+@options("overwrite", "dry-run")
+def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run, **changes):
     import dataclasses
 
     from dpo.config import default_preset, make_config
@@ -75,6 +75,11 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, **change
         "dtype": dtype,
         "code": artifacts.code_version(*sorted(map(str, Path(__file__).parent.glob("*.py")))),
     }
+
+    if dry_run:
+        there = not out and artifacts.is_whole(artifacts.folder_of("dpo", fields))
+        click.echo("The cache holds this checkpoint already." if there else plan(source, loaded, config, device))
+        return
 
     from dpo import sharding
 
@@ -99,6 +104,39 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, **change
             click.echo(made)
     finally:
         sharding.end()
+
+
+def plan(source, loaded, config, device: str) -> str:
+    """What training would take: an estimate from the pairs' tokens and this machine's rates."""
+    from transformers import AutoTokenizer
+
+    from dpo.data import split, tokenize
+    from lib import rehearsal
+    from lib.models import pick_device
+
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    pairs = tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos)
+    trained, valid = split(pairs, config.valid_fraction, config.seed)
+    of_update = config.batch_size * config.accumulate
+    updates = config.epochs * len(trained) // of_update
+    updates = min(updates, config.steps or updates)
+    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
+    answers = tokens - sum(pair.chosen_start + pair.rejected_start for pair in pairs) / len(pairs)
+    body, head = rehearsal.sizes(source.path)
+    # Forward, again by layers in the backward pass, and backward twice as much; the reference's pass over all once.
+    passes = [(4 * tokens * of_update, 3 * answers * of_update)] * updates
+    passes += [(tokens * of_update, answers * of_update)] * (len(pairs) // of_update)
+    seconds = rehearsal.seconds(passes, body, head, 4, pick_device(device))
+    kept = 4 if config.trainable == "all" else 1  # weights, gradients, the optimizer's averages and their roots
+    logits = 12 * config.batch_size * answers * len(tokenizer)
+    memory = 4 * kept * (body + head) + logits + rehearsal.RUNTIME
+    return (
+        f"{source.name}: {(body + head) / 1e6:,.0f} million parameters, {config.trainable} trained\n"
+        f"{updates} updates of {of_update} of {len(trained)} pairs, {len(valid)} held out\n"
+        f"about {rehearsal.said(seconds)} at most, {memory / 1e9:.0f} GB of memory, "
+        f"{4 * (body + head) / 1e9:.1f} GB of disk\n"
+        "An estimate: twice the floor by this machine's measured rates. Nothing was trained or written."
+    )
 
 
 def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ killed run goes on with the batch of prompts that it was at.
 """
 
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -49,16 +50,22 @@ SAMPLED_FROM = 50  # most likely tokens, in best-of-n
 @click.option("--min-gap", type=Finite(), default=0.6, show_default=True, help="Least toxicity gap of a pair's sides.")
 @click.option("--out", type=click.Path(dir_okay=False), help="File.  [default: runs/make_pairs/<model>/pairs.jsonl]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-@options(*REMOTE)
+@options(*REMOTE, "dry-run")
 def main(method, samples, min_gap, prompts, out, overwrite, **options):
     from rich.console import Console
     from rich.progress import track
 
     from lib import artifacts, chain, data, metrics, plots, probes, remote, results
-    from lib.models import MODELS, load, resolve, short_name
+    from lib.models import MODELS, load, short_name
     from lib.pplm import PPLM
     from lib.protocol import SOUND
 
+    if options["dry_run"] and "rehearsal" not in options:
+        from lib.rehearsal import rehearsed
+
+        with rehearsed(options) as given:
+            file, gap = f"{given.pop('out')}/pairs.jsonl", -math.inf  # random texts may all be alike
+            main.callback(method, samples, gap, prompts, file, **given)
     name, seed, batch_size = options["model"], options["seed"], options["batch_size"]
     out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
     if out.exists() and not overwrite:
@@ -67,7 +74,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     scored_by = default_scorer(name, options["scorer"])
     toxicity = metrics.scorer(scored_by)
     hosted = options["remote"] == "ndif"
-    source, server = resolve(name, options["revision"], weights=not hosted), remote.connect(options)
+    source, server = chain.base_source(options), remote.connect(options)
     if hosted:
         remote.report(server, MODELS.get(name, name))
     settings = {"model": source.revision, "prompts": texts.sha256, "method": method}

@@ -26,9 +26,9 @@ SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "revision", "device", "dtype", "seed", "batch-size", "comments", "protocol", "raw-text")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder to write.  [default: the cache]")
-@options("overwrite", *REMOTE)
+@options("overwrite", *REMOTE, "dry-run")
 def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite, **options):
-    from lib import artifacts, data, remote
+    from lib import artifacts, chain, data, remote
     from lib.models import MODELS, pick_device, resolve
 
     hosted = options["remote"] == "ndif"
@@ -47,6 +47,18 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
         "remote": server.host if hosted else server,
         "code": artifacts.code_version(__file__, library / "probes.py"),
     }
+
+    if options["dry_run"]:
+        from lib.rehearsal import rehearsed
+
+        if not out and artifacts.is_whole(artifacts.folder_of("probe", settings)):
+            click.echo("The cache holds this probe already; nothing would be run.")
+            return
+        given = {**options, "model": model, "revision": revision, "device": device, "dtype": dtype, "limit": None}
+        with rehearsed({**given, "batch_size": batch_size}) as stand_in:
+            folder = Path(stand_in["out"])
+            folder.mkdir()
+            train(chain.base_source(stand_in), loaded, protocol, seed, device, dtype, batch_size, False, folder)
 
     def build(folder: Path) -> None:
         train(source, loaded, protocol, seed, device, dtype, batch_size, server, folder)

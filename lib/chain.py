@@ -35,12 +35,21 @@ def texts(options: dict, needs: tuple[str, ...] = ("probe", "post")) -> tuple[da
     return prompts, passages
 
 
+def base_source(options: dict) -> Source:
+    """The base model by --model and --revision, or what stands for it in a dry run."""
+    if rehearsal := options.get("rehearsal"):
+        return rehearsal.source
+    return resolve(options["model"], options["revision"], weights=options["remote"] != "ndif")
+
+
 def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
     """--probe, or the file that train_probe.py makes for a seed."""
     if given := options["probe"]:
         if not Path(given).is_file():
             raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
         return Path(given)
+    if rehearsal := options.get("rehearsal"):
+        return rehearsal.probe(seed)
     features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
     chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
     return trained_probe(*_common(options), *_remotely(options), *chosen)
@@ -61,6 +70,8 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
     """
     hosted = options["remote"] == "ndif"
     kind, _, rest = (options["post"] or "").partition(":")
+    if kind != "means" and (rehearsal := options.get("rehearsal")):
+        return rehearsal.post(seed)
     if kind == "means":
         return None
     if kind == "lora" and not (Path(rest) / "adapter_config.json").is_file():
@@ -106,7 +117,7 @@ def settings(options: dict, source: Source, made: dict, prompts, passages, devic
     made: seed -> (probe file, model after DPO); None where the script needs none.
     """
     own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
-    screen = {"out", "overwrite", "raw_text", "verbose", "remote_timeout"}
+    screen = {"out", "overwrite", "dry_run", "rehearsal", "raw_text", "verbose", "remote_timeout"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {"prompts": prompts.sha256, "passages": passages.sha256}
     counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}

@@ -178,6 +178,9 @@ OPTIONS = {
     ),
     "verbose": click.option("-v", "--verbose", is_flag=True, help="Print every request's status and size."),
     "overwrite": click.option("--overwrite", is_flag=True, help="Replace an output folder that exists."),
+    "dry-run": click.option(
+        "--dry-run", is_flag=True, help="Print the plan: conditions, forward passes, time and memory. Runs nothing."
+    ),
     "raw-text": click.option("--raw-text", is_flag=True, help="Do not mask profane words on the screen."),
 }
 
@@ -197,7 +200,7 @@ REMOTE = ("remote", "remote-timeout", "verbose")
 INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-or-auto", "limit", "prompts", "passages")
 ARTIFACTS = ("comments", "pairs", "probe", "post")
 MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
-OUTPUTS = ("out", "overwrite", "raw-text")
+OUTPUTS = ("out", "overwrite", "dry-run", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
 
 

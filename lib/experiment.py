@@ -217,12 +217,15 @@ class Experiment:
         return json.loads((artifacts.make("unedited", fields, build) / "measured.json").read_text(encoding="utf-8"))
 
     def _measure(self, model, edit, generate, likelihood, brief: bool, kind: str) -> dict:
-        return self.fitting(
-            lambda: evaluation.measure(
+        def measure() -> dict:
+            return evaluation.measure(
                 model, self.texts, self.toxicity, self.batch_size, self.protocol, generate, likelihood, edit,
                 brief=brief, position_0=kind == "clamp", remote=self.remote,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+
+        if rehearsal := self.options.get("rehearsal"):
+            return rehearsal.once((brief, kind == "clamp", edit is NO_EDIT), measure)
+        return self.fitting(measure)
 
     def fitting(self, work: Callable[[], Any]) -> Any:
         """What `work()` returns; with --batch-size auto again with half as many prompts at once while memory runs out.
@@ -432,13 +435,18 @@ def begin(
 
     started = time.monotonic()
     name = options["model"]
+    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
+    artifacts.refuse_existing(out, options["overwrite"])
+    if options["dry_run"] and "rehearsal" not in options:
+        from lib.rehearsal import rehearsed
+
+        with rehearsed(options) as given, begin(script, given, needs, means_suffice) as run:
+            yield run  # and no further: the rehearsal ends the command
     options = {**options, "scorer": default_scorer(name, options["scorer"])}
     protocol = chosen_protocol(options)
     if "post" in needs and (options["post"] or "").startswith("means:") and not means_suffice:
         raise UserError(f"--post {options['post']}: {script}.py runs the model after DPO itself; give lora:FOLDER.")
     seeds = options["seeds"] or [options["seed"]]
-    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
-    artifacts.refuse_existing(out, options["overwrite"])
     prompts, passages = chain.texts(options, needs)
     mean_prompts = {"same": prompts}
     if options["holdout"]:
@@ -447,7 +455,7 @@ def begin(
         mean_prompts = {"held_out": prompts.half(0), "same": prompts.half(1)}
         prompts = mean_prompts["same"]
     hosted = options["remote"] == "ndif"
-    source = models.resolve(name, options["revision"], weights=not hosted)
+    source = chain.base_source(options)
     server = remote.connect(options)
     if hosted:
         remote.report(server, models.MODELS.get(name, name))

@@ -98,13 +98,18 @@ def draw(rows: list[dict], slopes: dict, path: Path) -> None:
     for place, name in zip(axes, GRIDS, strict=True):
         found = [row for row in rows if row["grows"] == name]
         x = [row[name] for row in found]
-        place.loglog(x, [row["seconds"] for row in found], "o-", color="C0")
+        seconds = [row["seconds"] for row in found]
+        place.loglog(x, seconds, "o-", color="C0", label="seconds")
+        place.loglog(x, [seconds[0] * at / x[0] for at in x], ":", color="grey", label="linear")
+        place.set_ylim(1, 1000)
+        place.yaxis.set_major_formatter("{x:,.0f}")
+        place.legend(frameon=False, fontsize=7, loc="upper left")
         place.set_xlabel(name)
         place.set_ylabel("seconds", color="C0")
         place.set_title(f"slopes: time {slopes[name]['seconds']}, memory {slopes[name]['peak']}", fontsize=9)
         other = place.twinx()
         other.semilogx(x, [row["peak"] / 1e9 for row in found], "s--", color="C1")
-        other.set_ylim(0)
+        other.set_ylim(0, 2)
         other.set_ylabel("peak GB", color="C1")
         place.set_xticks(x, [f"{value:,}" for value in x], fontsize=7)
         place.minorticks_off()
