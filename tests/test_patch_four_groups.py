@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -181,6 +182,36 @@ def test_a_clock_that_jumps(whole, tmp_path):
     done = run(*command({**options, "--out": out}), cwd=ROOT, DPO_NEURONS_CACHE=cache, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert without_times(out) == without_times(folder)
+
+
+def test_a_disk_that_fills_up_during_the_table(whole, tmp_path):
+    """The kernel refuses to write a file further, as a full disk does; with room again the run goes on to the end."""
+    options, folder, _, cache = whole
+    out = tmp_path / "out"
+    arguments = command({**options, "--out": out})
+    # The largest file of the record does not fit, the conditions do.
+    limit = (folder / "generations.jsonl").stat().st_size // 2
+    assert max(file.stat().st_size for file in folder.rglob("*")) > limit
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+    code += "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    full = run("-c", code, limit, *arguments, cwd=ROOT, DPO_NEURONS_CACHE=cache)
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr[-2000:]
+    assert "no space left on the disk; free some" in full.stderr.splitlines()[-1] and not out.exists()
+    assert len(list(tmp_path.glob("out.partial/conditions/*.json"))) == 12, "what was measured stays"
+    again = run(*arguments, cwd=ROOT, DPO_NEURONS_CACHE=cache)
+    assert again.returncode == 0 and without_times(out) == without_times(folder)
+
+
+def test_a_results_folder_that_is_read_only(whole, tmp_path):
+    options, _, _, cache = whole
+    folder = tmp_path / "results"
+    if os.geteuid():
+        folder.mkdir(mode=0o555)
+    else:  # nothing is read-only for root but what the kernel keeps so
+        folder = Path("/sys")
+    done = run(*command({**options, "--out": folder / "table"}), cwd=ROOT, DPO_NEURONS_CACHE=cache)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "cannot be written" in done.stderr.splitlines()[-1] and not (folder / "table").exists()
 
 
 def until(ready) -> None:

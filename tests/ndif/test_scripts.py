@@ -20,6 +20,7 @@ SCRIPTS = {
     "residual_shift": TEXT,
     "logit_lens": TEXT,
     "toxic_subspace": (*TEXT, "--top", 16),
+    "neuron_card": TEXT,
     "toxic_vectors": ("--top", 16),
 }
 

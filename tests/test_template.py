@@ -1,0 +1,75 @@
+"""docs/TEMPLATE.md, followed step by step in an empty folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PAGE = (ROOT / "docs" / "TEMPLATE.md").read_text(encoding="utf-8")
+
+
+def blocks(step: str, language: str = "") -> list[str]:
+    """The code blocks of a numbered step."""
+    section = re.split(r"\n## ", PAGE)[int(step)]
+    assert section.startswith(step + ".")
+    return re.findall(rf"```{language}\n(.*?)```", section, re.S)
+
+
+def shell(commands: str, folder, **environment) -> None:
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, f"the template's lines must stand in the script once: {old}"
+    return text.replace(old, new)
+
+
+def test_the_steps_as_written(tmp_path):
+    (tmp_path / "dpo-neurons").symlink_to(ROOT)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    shell("\n".join(blocks("1")), tmp_path)
+    folder = tmp_path / "calmer"
+    shell("\n".join(blocks("2")), folder)
+    script = folder / "calmer.py"
+    pairs = blocks("3", "python")
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        script.write_text(replaced(script.read_text(), old, new))
+    (command,) = blocks("4")
+    assert "--limit 4" in command and "--model smollm2" in command
+    shell(command.replace("python ", f"{sys.executable} ", 1), folder)
+    record = json.loads((folder / "runs" / "first" / "run.json").read_text())
+    assert record["script"] == "calmer" and record["model"] == "smollm2" and record["params"]["limit"] == 4
+    assert record["words"]["away_from"][:2] == ["angry", "furious"] and record["words"]["towards"][0] == "calm"
+    conditions = {row["condition"] for row in record["rows"]}
+    assert {"none", "tokens a=0.2 b=1", "control:flipped", "control:gaussian"} <= conditions
+    assert "dpo" not in conditions
+    assert (folder / "runs" / "first" / "generations.jsonl").exists()
+    before = edited_layers(record)
+
+    shown, addition = blocks("6", "python")
+    head = shown.splitlines()[0]
+    source = script.read_text()
+    assert source.count(shown.rstrip("\n").splitlines()[-1].strip()) == 2, "the trace stands in both functions"
+    lines = []
+    for line in source.splitlines():
+        lines.append(line)
+        if line.strip() == head.strip():
+            indent = len(line) - len(line.lstrip()) + 4
+            lines += [" " * indent + part.strip() if at == 0 else " " * (indent + 4) + part.strip()
+                      for at, part in enumerate(addition.splitlines())]  # fmt: skip
+    script.write_text("\n".join(lines) + "\n")
+    shell(command.replace("python ", f"{sys.executable} ", 1).replace("runs/first", "runs/late"), folder)
+    late = json.loads((folder / "runs" / "late" / "run.json").read_text())
+    assert edited_layers(late) != before, "half of the layers alone are another edit"
+
+
+def edited_layers(record: dict) -> float:
+    """A number that depends on which layers are edited."""
+    return next(row["log_ppl"] for row in record["rows"] if row["condition"] == "tokens a=0.2 b=1")
