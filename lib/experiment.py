@@ -484,6 +484,8 @@ def begin(
     scorers = {name: options[name] and metrics.identity(options[name]) for name in ("scorer", "second_scorer")}
     settings = chain.settings({**options, **scorers}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
+        if "rehearsal" not in options:
+            _stderr().print(f"Output: {out}   (until it is finished: {work.name})", soft_wrap=True, markup=False)
         yield Experiment(
             script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,
             toxicity, second, made, work, out, settings, started, first_post, server, given_means,

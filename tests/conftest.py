@@ -96,6 +96,13 @@ def run(*command, cwd=None, timeout=300, **environment) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+def assert_figure(path: Path) -> None:
+    """A PNG that is there and not of one colour."""
+    import matplotlib.image
+
+    assert matplotlib.image.imread(path)[..., :3].std() > 0.02
+
+
 def write_lines(path: Path, rows: list[dict]) -> Path:
     """A JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, build_tokenizer, run, write_lines
+from conftest import FAMILIES, assert_figure, build_tokenizer, run, write_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -198,6 +198,7 @@ def test_a_killed_process_resumes(tiny, tmp_path, cache):
     options += ["--valid-every", 20, "--learning-rate", 1e-3, "--preset", "embedded"]
     whole = run(*options, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
+    assert_figure(tmp_path / "whole" / "figures" / "training.png")
     broken = tmp_path / "broken"
     command = [sys.executable, *map(str, options), "--out", str(broken)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, WIDTH, load_script, run, texts, write_lines
+from conftest import FAMILIES, ROOT, WIDTH, assert_figure, load_script, run, texts, write_lines
 from safetensors.torch import save_file
 
 from lib import pplm
@@ -175,6 +175,7 @@ def test_pairs_and_a_broken_off_run(tiny, tmp_path, method):
         assert all(pair["unpert_gen_toxicity"] <= pair["pert_gen_toxicity"] for pair in pairs)
     about = json.loads((tmp_path / "whole.about.json").read_text())
     assert about["kept"] == 6 and about["data"]["prompts"]["items"] == 6
+    assert_figure(tmp_path / "whole.png")
 
     # What a kill leaves: the settings, a finished batch, and another that broke off.
     own = {

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WIDTH, run
+from conftest import ROOT, WIDTH, assert_figure, run
 from safetensors.torch import load_file
 
 from lib import probes
@@ -62,6 +62,7 @@ def test_the_command(tiny, tmp_path, protocol):
     assert (row["train"], row["test"]) == (900, 100) and 0.4 < row["auroc"] <= 1
     assert row["majority_rate"] == 0.5 and len(record["top_tokens"]) == 10
     assert record["provenance"]["data"]["comments"]["items"] == 1000
+    assert_figure(tmp_path / "probe" / "figures" / "probe_scores.png")
     features = load_file(tmp_path / "probe" / "features.safetensors")
     assert features["features"].shape == (1000, WIDTH) and features["held_out"].shape == (100,)
     probes.load_probe(tmp_path / "probe" / "probe.safetensors", WIDTH)

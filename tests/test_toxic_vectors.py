@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, load_script, run
+from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, assert_figure, load_script, run
 from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
@@ -26,6 +26,7 @@ def test_the_script_on_every_family(family, inputs, tiny, traced, tmp_path):  # 
     rows = torch.cat([value_vectors(module, at).double() * write_gain(module, at).double() for at in range(LAYERS)])
     cosine = torch.nn.functional.cosine_similarity(rows, direction[None])
     order = cosine.argsort(descending=True)
+    assert_figure(out / "figures" / "listed_vectors.png")
     lines = [json.loads(line) for line in (out / "vectors.jsonl").read_text().splitlines()]
     best = [line for line in lines if line["kind"] == "best"]
     assert [line["neuron"] for line in best] == [f"L{i // NEURONS}.N{i % NEURONS}" for i in order[:9].tolist()]
