@@ -47,9 +47,10 @@ def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
     if given := options["probe"]:
         if not Path(given).is_file():
             raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
-        return Path(given)
     if rehearsal := options.get("rehearsal"):
         return rehearsal.probe(seed)
+    if given:
+        return Path(given)
     features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
     chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
     return trained_probe(*_common(options), *_remotely(options), *chosen)

@@ -79,18 +79,17 @@ class Rehearsal:
         return models.Source(path.name, str(path), path.name)
 
     def probe(self, seed: int) -> Path:
-        """A probe of the stand-in with features beside it."""
-        if not self.options["probe"]:
+        """A probe of the stand-in, with features beside it where the real one has them."""
+        given = self.options["probe"]
+        if not given:
             self.say(f"python experiments/train_probe.py --model {self.real.name} --seed {seed}")
         path = self.folder / f"probe-{seed}" / "probe.safetensors"
         path.parent.mkdir(exist_ok=True)
         generator = torch.Generator().manual_seed(seed)
-        features = torch.randn(40, WIDTH, generator=generator)
         save_file({"direction": torch.randn(WIDTH, generator=generator), "bias": torch.zeros(1)}, path)
-        labels, held_out = torch.arange(40) % 2, torch.arange(4)
-        save_file(
-            {"features": features, "labels": labels, "held_out": held_out}, path.with_name("features.safetensors")
-        )
+        if not given or Path(given).with_name("features.safetensors").is_file():
+            features = {"features": torch.randn(40, WIDTH, generator=generator), "labels": torch.arange(40) % 2}
+            save_file(features | {"held_out": torch.arange(4)}, path.with_name("features.safetensors"))
         return path
 
     def say(self, command: str) -> None:

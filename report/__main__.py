@@ -85,6 +85,7 @@ def build(records) -> str:
         js=(Path(__file__).parent / "page.js").read_text("utf-8"),
         inline=inline,
         mask=mask,
+        dumps=json.dumps,
         version=version("dpo-neurons"),
         commit=results.commit()["commit"][:12],
     )

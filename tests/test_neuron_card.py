@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
 
+from lib.generation import prompt_ids
 from lib.models import mlp_out, value_vectors, write_gain
 
 SCRIPT = "experiments/neuron_card.py"
@@ -49,7 +50,7 @@ def hooked(model, prompt: str, layer: int, index: int) -> tuple[float, str, str]
     seen = []
     place = mlp_out(model, layer)._module
     handle = place.register_forward_pre_hook(lambda module, given: seen.append(given[0][0, :, index]))
-    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = torch.tensor(prompt_ids(model.tokenizer, [prompt]))  # its first 32 tokens
     with torch.no_grad():
         model._module(ids)
     handle.remove()

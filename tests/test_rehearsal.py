@@ -45,7 +45,7 @@ def test_conditions_of_several_seeds(inputs, tmp_path):  # noqa: F811
 
 def test_what_comes_first_is_named(inputs, tmp_path):  # noqa: F811
     given = [str(part) for name, part in inputs.items() if name not in ("--probe", "--post") for part in (name, part)]
-    dry = run("experiments/patch_four_groups.py", *given, "--seeds", "0,1", "--dry-run", cwd=tmp_path)
+    dry = run(ROOT / "experiments/patch_four_groups.py", *given, "--seeds", "0,1", "--dry-run", cwd=tmp_path)
     for command in ("experiments/train_probe.py", "-m dpo"):
         for seed in (0, 1):
             assert f"python {command} --model {inputs['--model']} --seed {seed}" in dry.stdout
@@ -70,7 +70,7 @@ def test_probe_training_and_pairs(tiny, tmp_path):
     dry = run("-m", "dpo", *model, "--preset", "embedded", "--dry-run", cwd=ROOT, **environment)
     assert dry.returncode == 0 and "25 updates of 4 of 230 pairs, 26 held out" in dry.stdout, dry.stderr[-2000:]
     pairs = ["--limit", "4", "--method", "best-of-n", "--scorer", "words", "--probe", "none"]
-    dry = run("experiments/make_pairs.py", *model, *pairs, "--dry-run", cwd=tmp_path, **environment)
+    dry = run(ROOT / "experiments/make_pairs.py", *model, *pairs, "--dry-run", cwd=tmp_path, **environment)
     assert dry.returncode == 0 and "24 forward passes" in dry.stdout, dry.stderr[-2000:]
     assert not (tmp_path / "cache").exists() and not (tmp_path / "runs").exists()
 

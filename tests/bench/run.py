@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RECORD = HERE.parents[1] / "results" / "bench" / "bench.json"
 BENCHES = {
     "generation": ["bench_generation.py", "--rounds", "3"],
-    "table": ["bench_table.py", "--model", "smollm2", "--prompts", "20", "--passages", "7"],
+    "table": ["bench_table.py", "--model", "smollm2", "--prompts", "24", "--passages", "8"],
     "probe": ["bench_probe_features.py"],
     "means": ["bench_mean_activations.py", "--rounds", "1"],
     "grouping": ["bench_grouping.py"],
