@@ -82,5 +82,11 @@ class Records:
         return self.every.get(name)
 
     def of(self, script: str) -> list[Record]:
-        """A script's main record on each model that it was run on: `<script>/<model>`."""
-        return [one for one in self.every.values() if one.name == f"{script}/{one.model.replace('/', '--')}"]
+        """A script's main record on each model that it was run on: `<script>/<model>`, or else the first by name."""
+        found = [one for one in self.every.values() if one.data["script"] == script]
+        main = {}
+        for one in sorted(
+            found, key=lambda one: (one.name != f"{script}/{one.model.rstrip('/').split('/')[-1]}", one.name)
+        ):
+            main.setdefault(one.model, one)
+        return [main[model] for model in sorted(main)]

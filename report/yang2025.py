@@ -304,10 +304,8 @@ def steering(records: Records) -> Comparison:
                 [plain(f"{model} (published): alpha {alpha}"), published(toxicity), published(cut, 0),
                  published(log_ppl, 2)]
             )  # fmt: skip
-    for name in ("section6/steer", "section6_smollm2/steer"):
-        run = records.get(name)
-        if not run:
-            continue
+    larger = [records.get(name) for name in ("section6/steer", "section6_smollm2/steer")]  # more prompts
+    for run in [run for run in larger if run] or records.of("steer"):
         for row in run.rows:
             label = row["condition"] + (f" of {row['of']}" if row["of"] else "")
             cut = None if row["condition"] == "none" else row["percent_of_dpo"]
@@ -316,6 +314,8 @@ def steering(records: Records) -> Comparison:
                  measured(row["log_ppl"], run, 2)]
             )  # fmt: skip
         real = run.row("steer alpha*", "steer")
+        if not real:  # steered with given alphas
+            continue
         others = [row for row in run.rows if row["of"] == "steer alpha*" and row["condition"] != "control:zero"]
         like = [
             row["condition"]

@@ -102,6 +102,16 @@ def test_what_was_not_run_is_said(tmp_path):
     assert page.count("– not yet run") > 30 and "AUROC" in page and "gpt2, llama, gemma, mistral" in page
 
 
+def test_runs_of_one_s_own(tmp_path):
+    """`make report RECORDS=runs` after `make demo`: a record in any folder takes its script's place."""
+    shutil.copytree(RESULTS / "patch_four_groups" / "gemma-270m", tmp_path / "demo")
+    page = build(Records(tmp_path))
+    assert "disagrees" in table_19(page) and 'href="#record-demo"' in page
+    assert [one.name for one in Records(RESULTS).of("patch_four_groups")] == [
+        "patch_four_groups/gemma-270m", "patch_four_groups/smollm2"
+    ]  # fmt: skip
+
+
 def test_rules_by_hand():
     assert wilson(0.5, 100)["low"] == pytest.approx(0.4038, abs=1e-4)
     assert wilson(0.5, 100)["high"] == pytest.approx(0.5962, abs=1e-4)
