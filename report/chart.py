@@ -72,7 +72,7 @@ def described(row: dict, lines: list[dict]) -> str:
 
 def escaped(lines: list[dict]) -> list[dict]:
     """Prompts and continuations on one line each, safe in the page."""
-    return [{key: html.escape(" ".join(line[key].split())) for key in ("prompt", "continuation")} for line in lines]
+    return [{key: html.escape(" ".join(line[key].split()), quote=False) for key in ("prompt", "continuation")} for line in lines]
 
 
 def continuations(records: Records, run: Record) -> dict[tuple, list[dict]]:

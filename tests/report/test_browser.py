@@ -121,7 +121,7 @@ def test_the_pareto_plot_tells_what_the_models_wrote(browser):
     # Plotly listens on the layer above its points: move there as a mouse does.
     webdriver.ActionChains(browser).move_to_element(point).perform()
     hover = WebDriverWait(browser, 5).until(lambda _: shown(browser, ".hoverlayer .hovertext"))[0].text
-    assert "none" in hover and "log-perplexity" in hover and not profane_pattern().search(hover)
+    assert "toxicity" in hover and "log-perplexity" in hover and not profane_pattern().search(hover)
     assert len(hover) > 150, "three continuations"
 
 
@@ -132,7 +132,9 @@ def test_by_keyboard(browser):
         browser.switch_to.active_element.send_keys(Keys.TAB)
     assert browser.switch_to.active_element.text == "Lee et al."
     browser.switch_to.active_element.send_keys(Keys.ENTER)
-    assert browser.find_element(By.CSS_SELECTOR, ".page.shown").get_attribute("id") == "lee2024"
+    WebDriverWait(browser, 5).until(
+        lambda _: browser.find_element(By.CSS_SELECTOR, ".page.shown").get_attribute("id") == "lee2024"
+    )
 
 
 @pytest.mark.parametrize("scheme, dark", [("light", False), ("dark", True)])
@@ -161,6 +163,7 @@ def test_on_a_phone(browser):
     try:
         for link in range(6):
             browser.find_elements(By.CSS_SELECTOR, "nav a")[link].click()
-            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+            wide = browser.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= 390, browser.find_elements(By.CSS_SELECTOR, "nav a")[link].text
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
