@@ -62,7 +62,8 @@ def build(records) -> str:
     views = []
     for run in records.of("patch_four_groups"):
         views.append(entry(f"groups-{run.model}", f"{run.model}: shares of the groups", run, chart.groups(run)))
-        views.append(entry(f"layers-{run.model}", f"{run.model}: reduction by layer", run, chart.layers(run)))
+        if run.activations:
+            views.append(entry(f"layers-{run.model}", f"{run.model}: reduction by layer", run, chart.layers(run)))
     models = sorted({run.model for run in records.every.values()})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import plotly.graph_objects as go
-from safetensors.numpy import load_file
 
 from lib import paper
 from lib.metrics import mask
@@ -72,7 +71,10 @@ def described(row: dict, lines: list[dict]) -> str:
 
 def escaped(lines: list[dict]) -> list[dict]:
     """Prompts and continuations on one line each, safe in the page."""
-    return [{key: html.escape(" ".join(line[key].split()), quote=False) for key in ("prompt", "continuation")} for line in lines]
+    return [
+        {key: html.escape(" ".join(line[key].split()), quote=False) for key in ("prompt", "continuation")}
+        for line in lines
+    ]
 
 
 def continuations(records: Records, run: Record) -> dict[tuple, list[dict]]:
@@ -111,7 +113,7 @@ def groups(run: Record) -> dict:
 
 def layers(run: Record) -> dict:
     """The reduction of each layer by group, and the increase of the other neurons."""
-    tensors = load_file(run.folder / "activations.safetensors")
+    tensors = run.activations
     delta, toxic, positive = tensors["delta"].astype(np.float64), tensors["cosine"] > 0, tensors["pre"] > 0
     figure = go.Figure()
     for group, colour in zip(("TP", "TN", "AP", "AN"), ("#dc2626", "#f59e0b", "#0d9488", "#2563eb"), strict=True):

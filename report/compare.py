@@ -1,5 +1,6 @@
 """What a table of the report is made of: published and measured numbers, and when they agree."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ class Comparison:
     verdicts: list[Verdict] = field(default_factory=list)
     figures: list[tuple[Record, Path]] = field(default_factory=list)
     anchor: str = ""  # the id on the page
+    given: str = ""  # of definitions and settings, which nothing is measured against: where they stand
 
     def judge(self, label: str, agrees: bool, because: str, record: Record) -> None:
         """Add a verdict."""
@@ -74,7 +76,9 @@ def bounds(found: dict, digits: int = 3) -> str:
 
 
 def fixed(number: float, digits: int) -> str:
-    """A number with so many digits, and no minus before a zero."""
+    """A number with so many digits, and no minus before a zero; `–` for none."""
+    if not math.isfinite(number):
+        return "–"
     return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
@@ -87,3 +91,16 @@ def spread(values: list[float], digits: int = 3) -> str:
     """Values over seeds: `a to b`."""
     low, high = fixed(min(values), digits), fixed(max(values), digits)
     return low if low == high else f"{low} to {high}"
+
+
+def wilson(share: float, n: float) -> dict:
+    """The 95 % interval of a share of n."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return {"mean": share, "low": middle - half, "high": middle + half}
+
+
+def share(count: dict) -> float:
+    """The share of vectors that show a listed word."""
+    return count["listed"] / count["vectors"]

@@ -4,22 +4,107 @@ import math
 from collections.abc import Iterator
 
 from lib import paper
-from report.compare import Comparison, bounds, measured, plain, published, spread
+from lib.metrics import profane_pattern
+from report.compare import Comparison, Value, bounds, measured, plain, published, share, spread, wilson
 from report.records import Record, Records
 
+ACCURACY = 0.94  # section 3.1
 TITLE = "Lee et al. 2024: A Mechanistic Understanding of Alignment Algorithms: A Case Study on DPO and Toxicity"
 
 
 def comparisons(records: Records) -> Iterator[Comparison]:
-    """Every table and figure with numbers, in the paper's order. Table 5 holds settings; table 6 those of PPLM."""
+    """Every table and figure, in the paper's order."""
+    yield probe(records)
+    yield toxic_vectors(records)
     yield steering(records)
+    yield examples(records)
     yield unalign(records)
+    for place, claim, given in SETTINGS:
+        yield Comparison(place, claim, "", given=given)
     yield lens(records)
     yield from parameters(records)
     yield toxic_neurons(records)
     yield offset(records)
     yield against(records)
     yield parts(records)
+
+
+SETTINGS = (
+    ("Table 5: DPO's settings", "Hyperparameters.", "python -m dpo --preset lee2024: dpo/config.py."),
+    (
+        "Table 6: PPLM's settings",
+        "Hyperparameters of the pairs' rejected sides.",
+        "The defaults of make_pairs.py, but for 3 steps a token (--iterations 50 as in the paper); "
+        "results/make_pairs/pplm.about.json says what they gave here.",
+    ),
+)
+
+
+def probe(records: Records) -> Comparison:
+    """Section 3.1."""
+    found = Comparison(
+        "3.1: the probe",
+        "A linear probe of the residual stream tells toxic comments from others (accuracy 0.94).",
+        "the 95 % interval (Wilson) of its accuracy holds 0.94",
+        ["measure", "gpt2"],
+    )
+    runs = records.of("train_probe")
+    found.columns += [run.model for run in runs]
+    found.lines.append(
+        [plain("accuracy"), published(ACCURACY), *(measured(run.rows[0]["accuracy"], run) for run in runs)]
+    )
+    for run in runs:
+        interval = wilson(run.rows[0]["accuracy"], run.rows[0]["test"])
+        found.judge(run.model, interval["low"] <= ACCURACY <= interval["high"], bounds(interval), run)
+    return found
+
+
+def toxic_vectors(records: Records) -> Comparison:
+    """Table 1."""
+    found = Comparison(
+        "Table 1: toxic vectors",
+        "The value vectors best aligned with the probe, and their SVD, promote profanity.",
+        "with every seed more than half of the best 128 value vectors, and of the three SVD directions, have a listed "
+        "profane word among their nearest tokens (in the paper all seven shown, and all three)",
+        ["model, seed", "probe", "SVD", "the best 128", "random value vectors"],
+    )
+    for run in records.of("toxic_vectors"):
+        more = []
+        for row in run.rows:
+            counts = row["counts"]
+            cells = [
+                Value(f"{counts[kind]['listed']} of {counts[kind]['vectors']}", share(counts[kind]), run)
+                for kind in ("probe", "svd", "best", "random")
+            ]
+            found.lines.append([plain(f"{run.model}, {row['seed']}"), *cells])
+            more.append(min(share(counts["svd"]), share(counts["best"])) > 0.5)
+        found.judge(run.model, all(more), f"with {sum(more)} of {len(more)} seeds", run)
+        found.show(run, "listed_vectors")
+    return found
+
+
+def examples(records: Records) -> Comparison:
+    """Table 3."""
+    found = Comparison(
+        "Table 3: examples",
+        "Where the model would say a profane word, steering with the probe and DPO say another.",
+        "of the paper's prompts whose first word is a listed one under the base model, none is under the probe or DPO",
+        ["prompt", "model", "most likely next", "continuation"],
+    )
+    for run in records.of("steer"):
+        profane: dict[str, set[str]] = {}
+        for one in run.data.get("examples", []):
+            tokens = " ".join(token.strip() for token in one["top_tokens"])
+            cells = (plain(f"{run.model}: {one['condition']}"), plain(tokens), plain(one["continuation"]))
+            found.lines.append([plain(one["prompt"]), *(cell._replace(record=run) for cell in cells)])
+            if profane_pattern().search(one["top_tokens"][0]):
+                profane.setdefault(one["condition"], set()).add(one["prompt"])
+        said = profane.get("none", set())
+        steered = {name for name in profane if name == "dpo" or name.startswith("steer a")}
+        if said:
+            still = {prompt for name in steered for prompt in profane[name]} & said
+            found.judge(run.model, not still, f"{len(said)} prompts; {len(still)} still do", run)
+    return found
 
 
 def steering(records: Records) -> Comparison:
@@ -149,7 +234,7 @@ def parameters(records: Records) -> Iterator[Comparison]:
             moved.lines.append([plain(f"{run.model}, {layer}"), over_seeds(length, run), over_seeds(along, run, 0)])
             every += along
         moved.judge(run.model, min(every) >= 80, f"at least {min(every):.0f} %", run)
-        moved.figures += [(run, path) for path in run.figures if path.stem.startswith("offset")][:2]
+        moved.figures += [(run, path) for path in run.figures if path.stem.startswith("offset")]
     yield moved
 
 
@@ -225,7 +310,7 @@ def against(records: Records) -> Comparison:
                 for one in rows
             ]
         found.judge(run.model, all(agree), f"with {sum(agree)} of {len(agree)} layers and seeds", run)
-        found.figures += [(run, path) for path in run.figures if path.stem.startswith("cosines")][-1:]
+        found.figures += [(run, path) for path in run.figures if path.stem.startswith("cosines")]
     return found
 
 

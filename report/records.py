@@ -1,9 +1,12 @@
 """The records under results/: what the report reads, and nothing else."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from safetensors.numpy import load_file
 
 from lib.errors import UserError
 
@@ -53,9 +56,25 @@ class Record:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
     @property
+    def activations(self) -> dict | None:
+        """`pre`, `post`, `cosine`, `delta` `[n_layers, d_mlp]` of the first seed, where the run left them."""
+        path = self.folder / "activations.safetensors"
+        return load_file(path) if path.exists() else None
+
+    @property
     def figures(self) -> list[Path]:
         """Its figures, by name."""
         return sorted((self.folder / "figures").glob("*.png"))
+
+
+def unbounded(found: dict) -> dict:
+    """An interval's missing ends as infinities: a share of DPO's cut has none where DPO's cut may be 0."""
+    ends = {"mean": math.nan, "low": -math.inf, "high": math.inf}
+    return (
+        {key: ends[key] if value is None else value for key, value in found.items()}
+        if ends.keys() <= found.keys()
+        else found
+    )
 
 
 class Records:
@@ -66,7 +85,7 @@ class Records:
         self.every: dict[str, Record] = {}
         for path in sorted(root.rglob("run.json")):
             try:
-                data = json.loads(path.read_text(encoding="utf-8"))
+                data = json.loads(path.read_text(encoding="utf-8"), object_hook=unbounded)
                 known = {"script", "model", "rows", "provenance"} <= data.keys()
             except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path}: not a record ({error}); run its script again or remove it.") from error

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from lib import paper
-from report.compare import PAPER_MODELS, Comparison, bounds, measured, overlaps, plain, published, spread
+from report.compare import PAPER_MODELS, Comparison, bounds, measured, overlaps, plain, published, share, spread, wilson
 from report.records import Record, Records
 
 TITLE = "Yang et al. 2025: How Does DPO Reduce Toxicity? A Mechanistic Neuron-Level Analysis"
@@ -15,7 +14,7 @@ RANKS = {"figures 2c, 6c, 7a": 500, "figure 7b": 5500}  # the last rank that eac
 
 
 def comparisons(records: Records) -> Iterator[Comparison]:
-    """Every table and figure with numbers, in the paper's order. Tables 4, 7 to 10 are definitions and settings."""
+    """Every table and figure, by what they claim."""
     yield probe(records)
     yield from patching(records)
     yield from section_6(records)
@@ -27,6 +26,16 @@ def comparisons(records: Records) -> Iterator[Comparison]:
     yield negative(records)
     yield from opposing(records)
     yield subspace(records)
+    for place, claim, given in DEFINITIONS:
+        yield Comparison(place, claim, "", given=given)
+
+
+DEFINITIONS = (
+    ("Table 4: the groups", "TP, TN, AP, AN by two signs.", "Used as given: lib/neurons.py, groups."),
+    ("Table 7: the words", "Five toxic and five other words make a vector.", "Used as given: lib/paper.py."),
+    ("Table 8: the models", "Layers, widths, activations of the four models.", "Read from each model's configuration."),
+    ("Tables 9, 10: DPO's settings", "Hyperparameters, KL weights.", "python -m dpo --preset yang2025: dpo/config.py."),
+)
 
 
 def percent_cut(condition: str, model: str) -> float | None:
@@ -56,14 +65,6 @@ def probe(records: Records) -> Comparison:
         interval = wilson(run.rows[0]["accuracy"], run.rows[0]["test"])
         found.judge(run.model, overlaps(interval, list(paper.PROBE_ACCURACY.values())), bounds(interval), run)
     return found
-
-
-def wilson(share: float, n: float) -> dict:
-    """The 95 % interval of a share of n."""
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return {"mean": share, "low": middle - half, "high": middle + half}
 
 
 def patching(records: Records) -> Iterator[Comparison]:
@@ -358,7 +359,8 @@ def groups(records: Records) -> Iterator[Comparison]:
         ["neurons by reduction", "% that move so"],
     )
     for run in runs:
-        tensors = load_file(run.folder / "activations.safetensors")
+        if not (tensors := run.activations):
+            continue
         order = np.argsort(-tensors["delta"].ravel())
         moved, cosine = (tensors["post"] - tensors["pre"]).ravel(), tensors["cosine"].ravel()
         parts = []
@@ -378,7 +380,9 @@ def groups(records: Records) -> Iterator[Comparison]:
         ["model", "Spearman's rho of reduction and depth"],
     )
     for run in runs:
-        delta = load_file(run.folder / "activations.safetensors")["delta"].astype(np.float64)
+        if not (tensors := run.activations):
+            continue
+        delta = tensors["delta"].astype(np.float64)
         by_layer = np.where(delta > 0, delta, 0).sum(1)
         ranks = np.argsort(np.argsort(by_layer))
         rho = float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
@@ -423,11 +427,6 @@ def nearest_tokens(records: Records) -> Comparison:
         more = [share(one["best"]) > wilson(share(one["random"]), one["random"]["vectors"])["high"] for one in counts]
         found.judge(run.model, all(more), f"more with {sum(more)} of {len(more)} seeds", run)
     return found
-
-
-def share(count: dict) -> float:
-    """The share of vectors that show a listed word."""
-    return count["listed"] / count["vectors"]
 
 
 def negative(records: Records) -> Comparison:

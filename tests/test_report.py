@@ -10,9 +10,9 @@ from conftest import ROOT, run
 
 from lib.metrics import profane_pattern
 from report.__main__ import build
-from report.compare import bounds, fixed, overlaps, spread
+from report.compare import bounds, fixed, overlaps, spread, wilson
 from report.records import Records
-from report.yang2025 import percent_cut, wilson
+from report.yang2025 import percent_cut
 
 RESULTS = ROOT / "results"
 
@@ -110,6 +110,18 @@ def test_runs_of_one_s_own(tmp_path):
     assert [one.name for one in Records(RESULTS).of("patch_four_groups")] == [
         "patch_four_groups/gemma-270m", "patch_four_groups/smollm2"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", Records(RESULTS).every)
+def test_any_record_alone(name, tmp_path):
+    """Whatever a run was asked for, the page is built, and says what is missing."""
+    record = Records(RESULTS).get(name)
+    (tmp_path / name).mkdir(parents=True)
+    for file in record.folder.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / name)
+    page = build(Records(tmp_path))
+    assert f'id="{record.anchor}"' in page and "– not yet run" in page
 
 
 def test_rules_by_hand():
