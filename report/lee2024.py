@@ -88,22 +88,23 @@ def examples(records: Records) -> Comparison:
     found = Comparison(
         "Table 3: examples",
         "Where the model would say a profane word, steering with the probe and DPO say another.",
-        "of the paper's prompts whose first word is a listed one under the base model, none is under the probe or DPO",
+        "the prompts with a listed word among the base model's five most likely next tokens have none there under the "
+        "probe (alpha*) or DPO",
         ["prompt", "model", "most likely next", "continuation"],
     )
     for run in records.of("steer"):
         profane: dict[str, set[str]] = {}
         for one in run.data.get("examples", []):
             tokens = " ".join(token.strip() for token in one["top_tokens"])
-            cells = (plain(f"{run.model}: {one['condition']}"), plain(tokens), plain(one["continuation"]))
-            found.lines.append([plain(one["prompt"]), *(cell._replace(record=run) for cell in cells)])
-            if profane_pattern().search(one["top_tokens"][0]):
+            model = plain(f"{run.model}: {one['condition']}")._replace(record=run)
+            found.lines.append([plain(one["prompt"]), model, plain(tokens), plain(one["continuation"])])
+            if profane_pattern().search(tokens):
                 profane.setdefault(one["condition"], set()).add(one["prompt"])
         said = profane.get("none", set())
         steered = {name for name in profane if name == "dpo" or name.startswith("steer a")}
         if said:
             still = {prompt for name in steered for prompt in profane[name]} & said
-            found.judge(run.model, not still, f"{len(said)} prompts; {len(still)} still do", run)
+            found.judge(run.model, not still, f"{len(said)} prompts; {len(still)} of them still do", run)
     return found
 
 
