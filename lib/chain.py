@@ -72,7 +72,7 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
     hosted = options["remote"] == "ndif"
     kind, _, rest = (options["post"] or "").partition(":")
     if kind != "means" and (rehearsal := options.get("rehearsal")):
-        return rehearsal.post(seed)
+        return rehearsal.post(seed, *more)
     if kind == "means":
         return None
     if kind == "lora" and not (Path(rest) / "adapter_config.json").is_file():

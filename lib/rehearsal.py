@@ -68,12 +68,12 @@ class Rehearsal:
         """The stand-in of the base model."""
         return models.Source(self.real.name, str(self.folder / "base"), "stand-in")
 
-    def post(self, seed: int) -> models.Source:
-        """The stand-in of a seed's model after DPO."""
+    def post(self, seed: int, *more: str) -> models.Source:
+        """The stand-in of a seed's model after DPO; more: further arguments of `python -m dpo`."""
         self.models = 2
-        if not self.options["post"]:
-            self.say(f"python -m dpo --model {self.real.name} --seed {seed}")
-        path = self.folder / f"post-{seed}"
+        if more or not self.options["post"]:
+            self.say(" ".join([f"python -m dpo --model {self.real.name} --seed {seed}", *more]))
+        path = self.folder / "-".join(["post", str(seed), *more]).replace("/", "_")
         stand_in(self.real.path, path, 1 + seed)
         (path / "training.json").write_text(json.dumps({"best_valid_loss": 1.0}))
         return models.Source(path.name, str(path), path.name)
@@ -155,7 +155,7 @@ def tell(one: Rehearsal, short: str | None) -> None:
     device = models.pick_device(options["device"])
     width = models.pick_dtype(options["dtype"], device).itemsize
     where = "on NDIF" if options.get("remote") == "ndif" else f"on this machine's {device}"
-    most = max(tokens for _, tokens in passes)
+    most = max((tokens for _, tokens in passes), default=0)
     logits = most * one.config.vocab_size * (width + 8)  # as the head writes them, in float32, and their logarithms
     memory = one.models * (body + head) * width + logits + RUNTIME
     click.echo(f"{one.real.name}: {(body + head) / 1e6:,.0f} million parameters, {where}")

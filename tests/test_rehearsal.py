@@ -43,6 +43,21 @@ def test_conditions_of_several_seeds(inputs, tmp_path):  # noqa: F811
     assert "10 conditions" in dry.stdout  # the base model; for each seed DPO, clamp and shift
 
 
+def test_variants_are_models_of_their_own(inputs, tmp_path):  # noqa: F811
+    given = [str(part) for pair in inputs.items() for part in pair if pair[0] != "--post"]
+    dry = run(
+        "experiments/robust_alignment.py", *given, "--variants", "biases,late:1", "--out", tmp_path / "out",
+        "--dry-run", cwd=ROOT,
+    )  # fmt: skip
+    assert "7 conditions" in dry.stdout  # the base model; plain DPO and two variants, each also with scaled keys
+    assert "--trainable biases" in dry.stdout and "--trainable late:1" in dry.stdout
+
+
+def test_weights_alone(inputs, tmp_path):  # noqa: F811
+    dry = run("experiments/toxic_vectors.py", "--model", inputs["--model"], "--dry-run", cwd=ROOT)
+    assert dry.returncode == 0 and "0 forward passes" in dry.stdout, dry.stderr[-2000:]
+
+
 def test_what_comes_first_is_named(inputs, tmp_path):  # noqa: F811
     given = [str(part) for name, part in inputs.items() if name not in ("--probe", "--post") for part in (name, part)]
     dry = run(ROOT / "experiments/patch_four_groups.py", *given, "--seeds", "0,1", "--dry-run", cwd=tmp_path)
