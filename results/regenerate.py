@@ -4,7 +4,7 @@ The commands are those in the records (`provenance.argv`), so this list cannot d
 finished is not run again, and a killed run goes on where it was: hours on two cores, in as many sittings as you like.
 New records go to runs/results/; --replace puts them in the place of the committed ones.
 
-    python results/regenerate.py                       # all: about seven hours on two CPU cores
+    python results/regenerate.py                       # all: about six hours on two CPU cores
     python results/regenerate.py steer toxic_subspace  # these alone
 """
 
@@ -53,12 +53,12 @@ def again(argv: list[str], target: Path, out: Path) -> tuple[list[str], str]:
     for part in rest:
         if part == "--out":
             next(rest)
-        elif part.startswith("results/"):
+        elif part.startswith("results/") and (out / part.removeprefix("results/")).exists():
             command.append(str(out / part.removeprefix("results/")))
         elif part != "--overwrite":
             command.append(part)
     if command[0].endswith("edits_against_dpo.py") and len(command) == 1:
-        command += [str(path.parent) for path in sorted((out / "section6").glob("*/run.json"))]
+        command += [str(path.parent) for path in sorted((out / "section6").glob("*/run.json"))]  # none: as committed
     files = [part.removeprefix("words:") for part in command if part.endswith((".jsonl", ".txt", ".csv"))]
     missing = next((file for file in files if not (ROOT / file).exists()), "")
     return [*command, "--out", str(target)], missing
