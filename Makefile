@@ -31,7 +31,7 @@ test-report: .venv/made
 test-ndif: .venv/made .venv-ndif/made
 	NDIF_ENVIRONMENT=$(CURDIR)/.venv-ndif PYTHONPATH=tests:tests/ndif $(BIN)/python -m pytest -p service tests/ndif
 
-# About 22 minutes on two cores; writes results/bench/bench.json.
+# About 17 minutes on two cores; writes results/bench/bench.json.
 bench: .venv/made
 	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,report,bench]"
 	$(BIN)/python tests/bench/run.py

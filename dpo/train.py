@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.optim.rmsprop import rmsprop
 from torch.utils.checkpoint import checkpoint
 
 from dpo.checkpoint import load_state, save_state
@@ -22,8 +21,6 @@ from dpo.sharding import rank, said_by_first, save_pretrained, shard, shared, su
 from dpo.trainable import choose, layers_of
 from lib.data import Pair
 from lib.errors import UserError
-
-AT_ONCE = 2**22  # numbers that RMSprop takes at once
 
 
 def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, about: dict, progress=None) -> dict:
@@ -168,12 +165,8 @@ def prepare(model) -> None:
     # of the backward pass on a 262,144-token vocabulary.
     tied = embedding.weight is model.get_output_embeddings().weight
     embedding.sparse = tied and embedding.weight.requires_grad and world() == 1
-    sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    # What a layer computes inside is computed again for its gradient, not kept: less memory for more time. Where most
-    # weights train, every second layer does: what the others keep is gone when the last of all gradients come.
-    for layer in layers_of(model)[:: 2 if sizes[True] > sizes[False] else 1]:
+    for layer in layers_of(model):
+        # What a layer computes inside is computed again for its gradient, not kept: less memory for more time.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
@@ -264,30 +257,9 @@ def update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:
     return [orders[place // n][place % n] for place in places]
 
 
-class RMSprop(torch.optim.RMSprop):
-    """torch's RMSprop, some rows of a parameter at a time: the square roots of a whole embedding are 0.67 GB."""
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """One update. Neither momentum nor centring nor decay."""
-        for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
-            for parameter in (one for one in group["params"] if one.grad is not None):
-                state = self.state[parameter]
-                if not state:
-                    state |= {"step": torch.zeros(()), "square_avg": torch.zeros_like(parameter)}
-                state["step"] += 1
-                rows = max(1, AT_ONCE * len(parameter) // parameter.numel())
-                every = (parameter, parameter.grad, state["square_avg"])
-                for parts in zip(*(one.split(rows) for one in every), strict=True):
-                    lists = ([part] for part in parts)
-                    rmsprop(*lists, [], [], [state["step"].clone()], foreach=False, **settings)
-
-
 def _optimizer(model, config: Config):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    in_rows = RMSprop if world() == 1 else torch.optim.RMSprop  # shards are small
-    kind = {"rmsprop": in_rows, "adamw": torch.optim.AdamW}[config.optimizer]
+    kind = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[config.optimizer]
     # No decay: it would move the entries that a mask leaves alone.
     return kind(parameters, lr=config.learning_rate, weight_decay=0.0)
 

@@ -141,26 +141,6 @@ def test_training_prefers_the_chosen_side(tiny, tmp_path):
     assert not same(weights(tmp_path / "out"), weights(tiny("llama")))
 
 
-def test_rmsprop_in_rows_is_torch_s(monkeypatch):
-    """Bit by bit, over updates with and without a gradient, in pieces that do not divide the rows."""
-    from dpo import train as module
-
-    monkeypatch.setattr(module, "AT_ONCE", 24)
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (11,), (3, 2, 4), (1, 30))]
-    theirs = [torch.nn.Parameter(one.detach().clone()) for one in ours]
-    pair = module.RMSprop(ours, lr=0.01), torch.optim.RMSprop(theirs, lr=0.01)
-    for update in range(4):
-        for one, other in zip(ours, theirs, strict=True):
-            gradient = None if update == 1 and one.dim() == 1 else torch.randn_like(one)
-            one.grad, other.grad = gradient, gradient
-        for optimizer in pair:
-            optimizer.step()
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    states = [optimizer.state_dict()["state"] for optimizer in pair]
-    assert all(torch.equal(states[0][at][key], states[1][at][key]) for at in states[1] for key in states[1][at])
-
-
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 def test_four_times_one_equals_one_times_four(tiny, tmp_path, kl_weight, optimizer):

@@ -3,7 +3,7 @@
 Each point is a process of its own on SmolLM2-135M: mean activations, then the conditions, as every table has them
 (patched generation, perplexity). The slope in log-log of the upper half of the points says how it grows: 1 is linear.
 
-    python tests/bench/bench_growth.py                # about 20 minutes on two CPU cores
+    python tests/bench/bench_growth.py                # about 9 minutes on two CPU cores
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Prints the table with pass or fail, and writes results/bench/bench.json.
 
-    python tests/bench/run.py                         # about 22 minutes on two CPU cores
+    python tests/bench/run.py                         # about 17 minutes on two CPU cores
     python tests/bench/run.py generation grouping --out my.json
 """
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RECORD = HERE.parents[1] / "results" / "bench" / "bench.json"
 BENCHES = {
     "generation": ["bench_generation.py", "--rounds", "3"],
-    "table": ["bench_table.py", "--model", "smollm2", "--prompts", "24", "--passages", "8"],
+    "table": ["bench_table.py", "--model", "smollm2", "--prompts", "20", "--passages", "7"],
     "probe": ["bench_probe_features.py"],
     "means": ["bench_mean_activations.py", "--rounds", "1"],
     "grouping": ["bench_grouping.py"],
