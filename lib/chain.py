@@ -101,15 +101,24 @@ def run(*command: str) -> Path:
     Raises:
         click.exceptions.Exit: with the command's exit code; it has said on stderr what was wrong.
     """
-    # A SIGTERM ends the command too: subprocess.run kills it when an exception passes by.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A SIGTERM ends the command too. While that starts, the signal is only noted: an exception would lose its handle.
+    noted = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
     try:
-        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+        with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+                if noted:
+                    sys.exit(128 + noted[0])
+                said, _ = process.communicate()
+            except BaseException:
+                process.kill()
+                raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if done.returncode:
-        raise click.exceptions.Exit(done.returncode)
-    return Path(done.stdout.strip().splitlines()[-1])
+    if process.returncode:
+        raise click.exceptions.Exit(process.returncode)
+    return Path(said.strip().splitlines()[-1])
 
 
 def settings(options: dict, source: Source, made: dict, prompts, passages, device: str) -> dict:
