@@ -77,6 +77,7 @@ def build(records) -> str:
         views=views,
         cards=records.of("neuron_card"),
         records=records.every.values(),
+        folder=records.folder,
         n_records=len(records.every),
         models=models,
         missing=[model for model in PAPER_MODELS if model not in models],

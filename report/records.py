@@ -82,6 +82,7 @@ class Records:
 
     def __init__(self, root: Path):
         """Raises UserError when there is none, or when one cannot be read."""
+        self.folder = root.resolve().name
         self.every: dict[str, Record] = {}
         for path in sorted(root.rglob("run.json")):
             try:

@@ -104,8 +104,9 @@ def test_what_was_not_run_is_said(tmp_path):
 
 def test_runs_of_one_s_own(tmp_path):
     """`make report RECORDS=runs` after `make demo`: a record in any folder takes its script's place."""
-    shutil.copytree(RESULTS / "patch_four_groups" / "gemma-270m", tmp_path / "demo")
-    page = build(Records(tmp_path))
+    shutil.copytree(RESULTS / "patch_four_groups" / "gemma-270m", tmp_path / "runs" / "demo")
+    page = build(Records(tmp_path / "runs"))
+    assert "from 1 record of the runs in <code>runs/</code>" in page and "<code>runs/demo</code>" in page
     assert "disagrees" in table_19(page) and 'href="#record-demo"' in page
     assert [one.name for one in Records(RESULTS).of("patch_four_groups")] == [
         "patch_four_groups/gemma-270m", "patch_four_groups/smollm2"
