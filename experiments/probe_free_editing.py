@@ -78,8 +78,6 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
         for stage in run.stages():
             edits = {}
             for name in representation:
-                if name == "tokens" and stage.seed != run.seeds[0]:
-                    continue  # no seed enters it
                 direction = (
                     stage.probe
                     if name == "probe"
@@ -91,9 +89,11 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
                         for a in alpha
                         for b in beta
                     }
-                    for key, plan in plans.items():
-                        edits[stage.condition(key, kind)] = plan.edit()
-                    edits |= controlled(run, stage, plans, direction, name, kind, order, alpha[-1], beta[0], norms)
+                    found = {stage.condition(key, kind): plan.edit() for key, plan in plans.items()}
+                    found |= controlled(run, stage, plans, direction, name, kind, order, alpha[-1], beta[0], norms)
+                    # No seed enters the words' direction: later ones bring further draws of its controls alone.
+                    again = name == "tokens" and stage.seed != run.seeds[0]
+                    edits |= {condition: edit for condition, edit in found.items() if condition.draw or not again}
             run.measure(stage, edits, generate, negative_log_likelihood)
         record = write(run, words)
     run.report(record, ("none", "dpo", label(representation[0], order, alpha[-1], beta[-1])))

@@ -162,10 +162,15 @@ def test_sigterm_ends_the_training_that_it_waits_for(whole, tmp_path):
     )  # fmt: skip
 
     def training():
-        return [one for one in psutil.Process(process.pid).children() if "dpo" in one.cmdline()]
+        found = []
+        for one in psutil.Process(process.pid).children():
+            try:
+                found += [one] if "dpo" in one.cmdline() else []
+            except psutil.NoSuchProcess:  # another child, which has just ended
+                pass
+        return found
 
-    until(training)
-    (child,) = training()
+    (child,) = until(training)
     process.terminate()
     process.wait(5)
     assert process.returncode and not child.is_running()
@@ -214,10 +219,12 @@ def test_a_results_folder_that_is_read_only(whole, tmp_path):
     assert "cannot be written" in done.stderr.splitlines()[-1] and not (folder / "table").exists()
 
 
-def until(ready) -> None:
+def until(ready):
+    """What `ready()` returns, as soon as that is something."""
     end = time.monotonic() + 120
-    while not ready() and time.monotonic() < end:
+    while not (found := ready()) and time.monotonic() < end:
         time.sleep(0.005)
+    return found
 
 
 def test_faithful_differs_and_a_copied_script_runs(whole, tmp_path):

@@ -120,6 +120,23 @@ def test_a_concept_of_ones_own(inputs, tmp_path):  # noqa: F811
     )
 
 
+def test_words_have_no_seed_but_their_controls_have(inputs, tmp_path):  # noqa: F811
+    """What no seed enters is measured once; three seeds' draws of random controls come together in one row."""
+    given = {key: inputs[key] for key in ("--model", "--prompts", "--passages")}
+    changed = {"--toxic-words": "sad", "--plain-words": "happy", "--limit": 2, "--alpha": "0.3", "--beta": "0.5",
+               "--kinds": "scale", "--scorer": "words", "--seeds": "0,1,2", "--controls": "quick",
+               "--out": tmp_path / "out"}  # fmt: skip
+    parts = [str(part) for pair in {**given, **changed}.items() for part in pair]
+    done = run("experiments/probe_free_editing.py", *parts, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "run.json").read_text())["rows"]
+    runs = {row["condition"]: [(one["seed"], one["draw"]) for one in row["runs"]] for row in rows}
+    random = ("random", "random_in_layer", "matched", "permuted", "gaussian")
+    once = ("none", "tokens a=0.3 b=0.5", "control:flipped", "control:zero")
+    expected = {f"control:{name}": [(0, 0), (1, 1), (2, 2)] for name in random}
+    assert runs == expected | dict.fromkeys(once, [(0, 0)])
+
+
 @pytest.mark.parametrize(
     "changed, says",
     [

@@ -157,9 +157,14 @@ def test_torchrun(tiny, tmp_path, cache):
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
-        one.wait()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for one in [process, *workers]:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:  # a worker may end by itself when another one is gone
+            pass
+    process.wait()
+    psutil.wait_procs(workers, 10)
     assert not broken.exists() and state.parent.parent.exists()
     again = run(*options, "--out", broken)
     assert again.returncode == 0, again.stderr

@@ -128,19 +128,15 @@ class NDIF:
 
     def actors(self) -> list[psutil.Process]:
         """The processes that hold a model."""
-        return [process for process in self.processes() if "ray::" in " ".join(process.cmdline()[:1]) and any(
-            name in " ".join(process.cmdline()) for name in ("Model", "OnCPU"))]  # fmt: skip
+        commands = [(process, process.info["cmdline"] or [""]) for process in self.processes()]
+        names = ("Model", "OnCPU")
+        return [one for one, line in commands if "ray::" in line[0] and any(name in " ".join(line) for name in names)]
 
     def processes(self) -> list[psutil.Process]:
         """Everything that was started here and still runs."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == str(self.folder) and process.pid != os.getpid():
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
+        looked = psutil.process_iter(["environ", "cmdline"])  # None where it may not be read, or has just ended
+        ours = [one for one in looked if (one.info["environ"] or {}).get(MARK) == str(self.folder)]
+        return [one for one in ours if one.pid != os.getpid()]
 
     def stop(self) -> None:
         """Stop every process group, then whatever left its group."""
