@@ -57,7 +57,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
 
     from lib import artifacts, chain, data, metrics, plots, probes, remote, results
     from lib.models import MODELS, load, short_name
-    from lib.pplm import PPLM
+    from lib.pplm import PPLM, beside
     from lib.protocol import SOUND
 
     if options["dry_run"] and "rehearsal" not in options:
@@ -110,6 +110,8 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
                 file.write(json.dumps({"number": number, "pair": pair}) + "\n")
                 done[number] = pair
             file.flush()
+            if method == "pplm" and "rehearsal" in options:
+                options["rehearsal"].passes.every += beside(pplm, len(numbers), NEW_TOKENS)
     seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
     whole = [done[number] for number in range(len(asked_for))]
     kept = [pair for pair in whole if pair and differs(pair, min_gap)]

@@ -77,6 +77,14 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
     return torch.cat(new, 1)
 
 
+def beside(pplm: PPLM, rows: int, new_tokens: int) -> list[tuple[int, int]]:
+    """What `generate` computes beside its passes over token ids, for a dry run: (tokens through layers, through head).
+
+    For every step of the cache the pass over expected embeddings, and the gradients of that one and of the one before.
+    """
+    return [(rows, rows)] * (3 * pplm.iterations * new_tokens)
+
+
 def stepped(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> list:
     """The cache after one step against the gradient of `objective`, of length step_size in every layer and row."""
     # In float32 at least: bfloat16 would round a step away.

@@ -247,3 +247,20 @@ def test_pplm_can_be_shipped(traced):
     settings = pplm.PPLM(**{**vars(TABLE_6), "iterations": 2})
     here = script.greedy_and_toxic(model, probe(), settings, 5, asked)
     assert script.greedy_and_toxic(model, probe(), settings, 5, asked, remote="local") == here
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_a_dry_run_counts_are_the_products_of_the_real_run(family, tiny, traced):
+    """Passes over ids by hook, what comes beside them by `beside`: torch's count of operations, gradients included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lib.rehearsal import Passes, sizes
+
+    model, passes = traced(family), Passes()
+    (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
+    with passes.counted(model._module.config.vocab_size), FlopCounterMode(display=False) as real:
+        pplm.generate(model, probe(), batch, TABLE_6, script.gumbel(0, len(PROMPTS), TABLE_6.top_k))
+    every = passes.every + pplm.beside(TABLE_6, len(PROMPTS), script.NEW_TOKENS)
+    body, head = sizes(str(tiny(family)))
+    counted = sum(2 * (through_layers * body + through_head * head) for through_layers, through_head in every)
+    assert counted == pytest.approx(real.get_total_flops(), rel=0.1)
