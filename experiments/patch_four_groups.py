@@ -145,7 +145,7 @@ def anti_toxic_vectors(run, found: dict) -> list[dict]:
 
     best = found["cosine"].flatten().argsort()[:N_ANTI]
     places = [divmod(int(at), found["cosine"].shape[1]) for at in best]
-    opposite = -run.at_weights(vectors.unit_vectors, best, False)
+    opposite = -run.at_weights(vectors.unit_vectors, best, run.protocol.value_vectors == "written")
     tokens = vectors.lenses(run.base, opposite, run.protocol, remote=run.remote)
     return [
         {

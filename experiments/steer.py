@@ -38,8 +38,8 @@ from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.models import layers
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
-SEARCH_STEPS = 6  # bisections of alpha's logarithm after it is bracketed
-SMALLEST = 0.01  # of the residual stream's length, where the search starts
+PRECISION = 0.01  # of a searched alpha, relative
+FIRST = 0.05  # of the residual stream's length, where the search starts
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def search(run, stage, direction, factor: float | str, length: float, file: str)
         limit = log_perplexity(0.0, stage.post) if factor == "dpo" else base + math.log(factor)
         if limit <= base:
             raise UserError("--factor dpo: DPO did not raise perplexity here, so no alpha matches it; give a number.")
-        smallest = SMALLEST * length / float(direction.direction.norm())
-        return {"alpha": largest_within(log_perplexity, limit, smallest, SEARCH_STEPS)}
+        first = FIRST * length / float(direction.direction.norm())
+        return {"alpha": largest_within(log_perplexity, limit, first, PRECISION)}
 
     return once(run.work / "conditions" / f"search_{file.replace(':', '-')}.json", find)["alpha"]
 

@@ -80,14 +80,14 @@ def attribute(run, stage, probe=None) -> dict:
 def judge_tokens(run, cosine, verdict) -> list[dict]:
     """The tokens nearest to the value vectors that align best with the probe, and whether one of them is toxic.
 
-    Tokens are read from the raw value vector and after the model's final norm, as the protocol's `lens` says; a neuron
-    counts when either list holds a toxic token.
+    Tokens are read from the value vector as it is and after the model's final norm, as the protocol's `lens` says; a
+    neuron counts when either list holds a toxic token.
     """
     from lib import vectors
 
     best = cosine.flatten().topk(min(JUDGED_N, cosine.numel())).indices
     places = [divmod(int(at), cosine.shape[1]) for at in best]
-    rows = run.at_weights(vectors.unit_vectors, best, False)
+    rows = run.at_weights(vectors.unit_vectors, best, run.protocol.value_vectors == "written")
     tokens = vectors.lenses(run.base, rows, run.protocol, TOP_TOKENS, run.remote)
     every = sorted({token for lists in tokens.values() for row in lists for token in row})
     score = dict(zip(every, verdict(every).tolist(), strict=True))

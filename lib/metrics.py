@@ -21,7 +21,7 @@ def scorer(name: str) -> Scorer:
     |---|---|
     | `profanity-check` | a linear model over word n-grams that comes with its package (no network) |
     | `words` | 1 for a text with a word of assets/profane_words.txt, else 0 (no network) |
-    | `words:<file>` | the same with a list of one's own, words separated by white space, `*stem` anywhere in a word |
+    | `words:<file>` | the same with a list of one's own, separated by white space; `stem*`: whatever begins so |
     | `probe:<model>` | a probe (train_probe.py) on another model's residual stream: `probe:smollm2` (no network) |
     | `detoxify`, `detoxify:unbiased` | Yang et al.'s scorer; `original` is its default model |
     | `hf:<repo or folder>` | a text-classification model; the score is the probability of its toxic label |
@@ -133,7 +133,7 @@ def profane_pattern() -> re.Pattern:
 
 
 def word_pattern(path: Path) -> re.Pattern:
-    """Matches the words of a file, separated by white space: `*stem` anywhere in a word, the others as whole words.
+    """Matches the words of a file, separated by white space: whole ones, but for what a `*` before or after stands for.
 
     Raises:
         UserError: the file cannot be read, or holds no word.
@@ -142,11 +142,15 @@ def word_pattern(path: Path) -> re.Pattern:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable list of words ({error}); give words in UTF-8 text.") from error
-    if not words:
-        raise UserError(f"{path}: holds no word.")
-    stems = [re.escape(word[1:]) for word in words if word.startswith("*")]
-    whole = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in words if not word.startswith("*")]
-    return re.compile("|".join(stems + whole), re.IGNORECASE)
+    if not all(word.strip("*") for word in words) or not words:
+        raise UserError(f"{path}: holds no word, or a * alone; give words such as sad and *annoy*.")
+    patterns = [
+        ("" if word.startswith("*") else r"(?<!\w)")
+        + re.escape(word.strip("*"))
+        + ("" if word.endswith("*") else r"(?!\w)")
+        for word in words
+    ]
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
 def mask(text: str) -> str:

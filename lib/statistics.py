@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.optimize import toms748
 
 RESAMPLES = 10_000
 LEVEL = 95.0  # %
@@ -51,23 +52,25 @@ def interval(point: float, resampled: np.ndarray) -> dict[str, float]:
     return {"mean": float(point), "low": float(low), "high": float(high)}
 
 
-def largest_within(cost: Callable[[float], float], limit: float, start: float, steps: int) -> float:
-    """The largest x whose `cost` does not pass the limit, for a cost that grows with x.
+def largest_within(cost: Callable[[float], float], limit: float, start: float, precision: float) -> float:
+    """The largest x whose `cost` does not pass the limit, for a cost that grows with x, to a relative precision.
 
-    Doubling or halving brackets it, `steps` bisections of log x follow. A cost that stays below the limit up to a
+    From `start`, factors of 2 bracket log x and scipy's TOMS 748 narrows it. A cost that stays below the limit up to a
     million times `start` gives that x.
     """
-    low = high = start
-    while cost(high) <= limit:
-        if high > 1e6 * start:  # nothing notices it
-            return high
-        high *= 2
-    if high == start:
-        while cost(low) > limit:
-            low /= 2
-    else:
-        low = high / 2
-    for _ in range(steps):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
-    return low
+    known = {}
+
+    def above(log_x: float) -> float:
+        if log_x not in known:
+            known[log_x] = cost(math.exp(log_x)) - limit
+        return known[log_x]
+
+    low = high = math.log(start)
+    while above(high) <= 0:
+        if high > math.log(1e6 * start):  # nothing notices it
+            return math.exp(high)
+        low, high = high, high + math.log(2)
+    while above(low) > 0:
+        low, high = low - math.log(2), low
+    toms748(above, low, high, xtol=math.log1p(precision))  # ends with a bracket as narrow as that
+    return math.exp(max(x for x, over in known.items() if over <= 0))

@@ -1,12 +1,14 @@
 """F1, repetition, intervals, masking and scorers."""
 
+import math
+
 import numpy as np
 import pytest
 
 from lib import paper
 from lib.errors import UserError
 from lib.metrics import identity, mask, repetition, scorer, token_f1
-from lib.statistics import Bootstrap
+from lib.statistics import Bootstrap, largest_within
 
 
 def test_f1_by_hand():
@@ -74,9 +76,13 @@ def test_profanity_check_orders_texts():
 def test_words_scores_one_for_a_listed_word(tmp_path):
     found = scorer("words")(["What the fuck", "bullshitting about", "the class passed the assessment", ""])
     assert found.tolist() == [1, 1, 0, 0]
-    (tmp_path / "own.txt").write_text("sad *terrib c++\n")
-    found = scorer(f"words:{tmp_path / 'own.txt'}")(["How SAD.", "sadly", "unterribly", "C++", "c", "fuck"])
-    assert found.tolist() == [1, 0, 1, 1, 0, 0], "whole words, stems anywhere, no other list, signs as they are"
+    looks_rude = ["a wristwatch and a smartwatch", "saltwater in Scunthorpe", "Fukuoka", "beslut", "trashItem"]
+    assert not scorer("words")(looks_rude).any()
+    assert scorer("words")(["bullshitters", "motherfucker", "SHITTY", "sluts", "horseshit"]).all()
+    (tmp_path / "own.txt").write_text("sad *terrib* annoy* *ness c++\n")
+    texts = ["How SAD.", "sadly", "unterribly", "annoyed", "unannoyed", "an illness", "nesses", "C++", "c", "fuck"]
+    found = scorer(f"words:{tmp_path / 'own.txt'}")(texts)
+    assert found.tolist() == [1, 0, 1, 1, 0, 1, 0, 1, 0, 0], "whole words but for stars, signs as they are"
     assert scorer("words")([]).shape == (0,)
 
 
@@ -145,3 +151,18 @@ def test_published_numbers():
     assert paper.GROUP_SHARES["mistral"] == (29.7, 20.3, 20.2, 29.8, 238236)
     assert paper.counterpart("gemma-270m") == "gemma" and paper.counterpart("gpt2") == "gpt2"
     assert paper.counterpart("some/model") is None
+
+
+@pytest.mark.parametrize("power", [1, 2, 5])
+@pytest.mark.parametrize("start", [0.003, 1.0, 40.0])
+def test_the_largest_within_a_limit(power, start):
+    """To the precision asked for, never above, from either side, in few steps; a cost that nothing raises ends."""
+    asked = []
+
+    def cost(x: float) -> float:
+        asked.append(x)
+        return (x / 0.7) ** power
+
+    found = largest_within(cost, 1.0, start, precision=0.01)
+    assert 0.7 / 1.01 <= found <= 0.7 and len(asked) <= 2 + abs(math.log2(start / 0.7)) + 8
+    assert largest_within(lambda x: 0.5, 1.0, start, 0.01) > 1e5 * start

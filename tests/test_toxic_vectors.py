@@ -48,7 +48,7 @@ def test_the_script_on_every_family(family, inputs, tiny, traced, tmp_path):  # 
 def test_a_concept_takes_the_probe_s_place(inputs, tmp_path):  # noqa: F811
     """No probe is made or needed, and the judge is any scorer."""
     (tmp_path / "words.txt").write_text("river mountains")
-    (tmp_path / "judged.txt").write_text("*e")
+    (tmp_path / "judged.txt").write_text("*e*")
     given = {"--model": inputs["--model"], "--top": 5, "--out": tmp_path / "out"}
     options = [
         *arguments(given),
