@@ -85,7 +85,7 @@ def measure(run, seed: int, words: list[str], top: int, verdict) -> dict:
         counts[kind] = {"vectors": len(lines), "listed": sum(bool(line["found"]) for line in lines)}
         places = {"best": best, "worst, reversed": worst}.get(kind)
         for at, line in enumerate(lines if not kind.startswith("random") else []):
-            line |= {"kind": kind, "rank": at + 1}
+            line |= {"seed": seed, "kind": kind, "rank": at + 1}
             if places is not None:
                 layer, index = divmod(int(places[at]), cosine.shape[1])
                 line |= {"neuron": f"L{layer}.N{index}", "cosine": float(cosine[layer, index])}
@@ -129,13 +129,13 @@ def ranks_of_published(model: str, order: dict[int, int], d_mlp: int) -> dict[st
 
 
 def write(run, found: list[dict], words: list[str]) -> dict:
-    """The record of all seeds; vectors, neurons and directions of the first."""
+    """The record and the vectors' tokens of all seeds; neurons and directions of the first."""
     from safetensors.torch import save_file
 
     from lib import observation, plots, results
 
     first = found[0]
-    results.write_lines(run.work / "vectors.jsonl", first["listed"])
+    results.write_lines(run.work / "vectors.jsonl", [line for one in found for line in one["listed"]])
     best = [line["neuron"] for line in first["listed"] if line["kind"] == "best"]
     (run.work / "neurons.txt").write_text("\n".join(best) + "\n", encoding="utf-8")
     tensors = {"direction": first["direction"].float(), "svd": first["directions"].float().contiguous()}

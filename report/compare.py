@@ -39,7 +39,7 @@ class Comparison:
     verdicts: list[Verdict] = field(default_factory=list)
     figures: list[tuple[Record, Path]] = field(default_factory=list)
     anchor: str = ""  # the id on the page
-    given: str = ""  # of definitions and settings, which nothing is measured against: where they stand
+    given: str = ""  # in place of a rule: what is a definition, or cannot come out otherwise, gets no mark
 
     def judge(self, label: str, agrees: bool, because: str, record: Record) -> None:
         """Add a verdict."""

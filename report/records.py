@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from lib.errors import UserError
+from lib.statistics import Bootstrap
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,28 @@ class Record:
         """Lines of generations.jsonl; empty where the script generates nothing."""
         path = self.folder / "generations.jsonl"
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    @cached_property
+    def vectors(self) -> list[dict]:
+        """Lines of vectors.jsonl; empty where the script reads no vectors' tokens."""
+        path = self.folder / "vectors.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def paired(self, first: tuple[str, str], second: tuple[str, str]) -> dict | None:
+        """The difference in toxicity of two (condition, kind), with its interval over prompts, as run.json's are made.
+
+        A prompt's toxicity is the mean over seeds. None where one of them was not measured.
+        """
+        means = []
+        for name, kind in (first, second):
+            by_prompt: dict[str, list[float]] = {}
+            for line in self.generations:
+                if (line["name"], line["kind"], line["of"]) == (name, kind, ""):
+                    by_prompt.setdefault(line["prompt"], []).append(line["toxicity"])
+            means.append([sum(values) / len(values) for values in by_prompt.values()])
+        if not all(means):
+            return None
+        return Bootstrap(len(means[0]), self.data["params"]["seed"]).difference(*means)
 
     @property
     def activations(self) -> dict | None:

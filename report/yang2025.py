@@ -9,7 +9,7 @@ from report.compare import PAPER_MODELS, Comparison, bounds, measured, overlaps,
 from report.records import Record, Records
 
 TITLE = "Yang et al. 2025: How Does DPO Reduce Toxicity? A Mechanistic Neuron-Level Analysis"
-IN_RANGE = "our 95 % interval overlaps the range of the paper's four models"
+SMALL = "the whole 95 % interval lies at or below the largest published share"
 RANKS = {"figures 2c, 6c, 7a": 500, "figure 7b": 5500}  # the last rank that each shows
 
 
@@ -112,10 +112,13 @@ def at(condition: str, model: str, place: int) -> float:
     return paper.PATCHING[condition][model][place]
 
 
-KEPT = "the change of log-perplexity is below 0.25 nats with its whole interval (published: -0.03 to 0)"
+KEPT = "the change of log-perplexity is below 0.25 nats with its whole interval (published: -0.03 to 0.02)"
 CLAIMS = {  # of the tables 2 and 19: claim, rule
     "toxicity": ("DPO lowers toxicity.", "the change of toxicity lies below 0 by its 95 % interval"),
-    "percent_of_dpo": ("The four groups together lower toxicity as much as DPO.", IN_RANGE),
+    "percent_of_dpo": (
+        "The four groups together lower toxicity as much as DPO.",
+        "the whole 95 % interval lies at or above the smallest published share (85 %)",
+    ),
     "log_ppl": ("Patching the four groups keeps perplexity, measured where the edit acts: at every position.", KEPT),
     "log_ppl_first": (
         "Patching the four groups keeps perplexity, measured as published, with position 0 edited alone.",
@@ -140,7 +143,7 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
         elif row and key == "percent_of_dpo":
             theirs = [percent_cut("four_groups", model) for model in PAPER_MODELS]
             because = f"{bounds(row[key], 0)} (published {spread(theirs, 0)})"
-            found.judge(label, overlaps(row[key], theirs), because, run)
+            found.judge(label, row[key]["low"] >= min(theirs), because, run)
         elif row and key == "f1" and key in row:
             share = row["f1"] / run.row("none", "none")["f1"]
             theirs = min(at("four_groups", model, 2) / at("none", model, 2) for model in PAPER_MODELS)
@@ -154,7 +157,7 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
 
 def single_claims(columns: list) -> Iterator[Comparison]:
     """What the tables 2 and 19 say of two more rows."""
-    few = Comparison("Tables 2, 3: the 256 best aligned neurons", "They make a small part of DPO's cut.", IN_RANGE)
+    few = Comparison("Tables 2, 3: the 256 best aligned neurons", "They make a small part of DPO's cut.", SMALL)
     more = Comparison(
         "Table 19: the increasing neurons",
         "The neurons whose toxic projection rose under DPO raise toxicity when patched.",
@@ -163,7 +166,8 @@ def single_claims(columns: list) -> Iterator[Comparison]:
     for run, kind, label in columns:
         if row := run.row("top256", kind):
             found, theirs = row["percent_of_dpo"], [percent_cut("top256", model) for model in PAPER_MODELS]
-            few.judge(label, overlaps(found, theirs), f"{bounds(found, 0)} (published {spread(theirs, 0)})", run)
+            because = f"{bounds(found, 0)} (published {spread(theirs, 0)})"
+            few.judge(label, found["high"] <= max(theirs), because, run)
         if row := run.row("increasing", kind):
             more.judge(label, row["toxicity_change"]["low"] > 0, bounds(row["toxicity_change"]), run)
     yield few
@@ -223,7 +227,9 @@ def section_6(records: Records) -> Iterator[Comparison]:
                  measured(row["toxicity_against_dpo"], run), measured(row["log_ppl"], run, 2),
                  measured(row["log_ppl_against_dpo"], run, 2), measured(100 * row["share_on_front"], run, 0)]
             )  # fmt: skip
-        edits = [row for row in run.rows if row["kind"] not in ("none", "steer") and not row["of"]]
+        with_dpo = ("none", "dpo", "four_groups")  # the last takes DPO's activations
+        own = [row for row in run.rows if row["condition"] not in with_dpo and not row["of"]]
+        edits = [row for row in own if row["kind"] != "steer"]
         better = [f"{row['condition']}, {row['kind']}" for row in edits if row["beats_dpo"]]
         found.judge(run.model, bool(better), f"of {len(edits)} edits: {', '.join(better) or 'none'}", run)
         found.show(run, "pareto")
@@ -260,7 +266,7 @@ def few_neurons(records: Records) -> Comparison:
     found = Comparison(
         "Table 3: neurons with toxic tokens, % of DPO's cut",
         "The neurons that write toxic tokens make a small part of DPO's cut.",
-        f"{IN_RANGE}, for the neurons with a toxic token, clamped",
+        f"{SMALL}, for the neurons with a toxic token, clamped",
         ["neurons", *PAPER_MODELS],
     )
     runs = records.of("toxic_neurons_not_enough")
@@ -283,7 +289,8 @@ def few_neurons(records: Records) -> Comparison:
     for run in runs:
         if row := run.row("toxic_tokens", "clamp"):
             interval = row["percent_of_dpo"]
-            found.judge(run.model, overlaps(interval, list(theirs["toxic_tokens"].values())), bounds(interval, 1), run)
+            largest = max(theirs["toxic_tokens"].values())
+            found.judge(run.model, interval["high"] <= largest, bounds(interval, 1), run)
         found.show(run, "share_of_dpo")
     return found
 
@@ -318,6 +325,8 @@ def steering(records: Records) -> Comparison:
         if not real:  # steered with given alphas
             continue
         others = [row for row in run.rows if row["of"] == "steer alpha*" and row["condition"] != "control:zero"]
+        if {row["condition"] for row in others} < {"control:flipped", "control:gaussian", "control:permuted_labels"}:
+            continue  # without controls the claim's second half is open
         like = [
             row["condition"]
             for row in others
@@ -354,22 +363,19 @@ def groups(records: Records) -> Iterator[Comparison]:
     shifts = Comparison(
         "Figures 2c, 6c, 7: toxic neurons fall, anti-toxic ones rise",
         "Under DPO the activations of toxic-aligned reducing neurons fall and those of anti-toxic-aligned ones rise.",
-        "so do at least 95 % of the neurons at the ranks shown (of reduction); with value vectors that hardly move it "
-        "follows from the definition of a reducing neuron",
+        "",
         ["neurons by reduction", "% that move so"],
+        given="No mark: with value vectors that hardly move it follows from the definition of a reducing neuron.",
     )
     for run in runs:
         if not (tensors := run.activations):
             continue
         order = np.argsort(-tensors["delta"].ravel())
         moved, cosine = (tensors["post"] - tensors["pre"]).ravel(), tensors["cosine"].ravel()
-        parts = []
         for place, last in RANKS.items():
             ranked = order[max(0, last - 500) : last]
             share = 100 * float(np.mean(moved[ranked] * cosine[ranked] < 0))
             shifts.lines.append([plain(f"{run.model}, ranks to {last} ({place})"), measured(share, run, 1)])
-            parts.append(share)
-        shifts.judge(run.model, min(parts) >= 95, f"at least {min(parts):.1f} %", run)
         shifts.show(run, "activation_shifts_0", "activation_shifts_5000")
     yield shifts
 
@@ -397,14 +403,21 @@ def anti_toxic(records: Records) -> Comparison:
     found = Comparison(
         "Tables 6, 15: anti-toxic vectors",
         "Value vectors most opposed to the probe, sign-reversed, promote toxic tokens.",
-        "at least one of the first 19 ranks (the last that table 15 lists) has a listed profane word among its ten "
-        "nearest tokens",
-        ["model", "of 128 vectors with a profane word", "their ranks"],
+        "with every seed at least one of the first 19 ranks (the last that table 15 lists) has a listed profane word "
+        "among its ten nearest tokens",
+        ["model, seed", "of 128 vectors with a profane word", "their ranks", "of random value vectors"],
     )
-    for run in records.of("patch_four_groups"):
-        ranks = [one["rank"] for one in run.data["anti_toxic_vectors"] if one["toxic"]]
-        found.lines.append([plain(run.model), measured(len(ranks), run, 0), plain(", ".join(map(str, ranks)))])
-        found.judge(run.model, any(rank <= 19 for rank in ranks), f"ranks {', '.join(map(str, ranks)) or 'none'}", run)
+    for run in records.of("toxic_vectors"):
+        first = []
+        for row in run.rows:
+            own = [one for one in run.vectors if one.get("seed", row["seed"]) == row["seed"] and one["found"]]
+            ranks = [one["rank"] for one in own if one["kind"] == "worst, reversed"]
+            counts = {kind: row["counts"][kind] for kind in ("worst, reversed", "random")}
+            cells = [measured(counts["worst, reversed"]["listed"], run, 0), plain(", ".join(map(str, ranks)))]
+            random = f"{counts['random']['listed']} of {counts['random']['vectors']}"
+            found.lines.append([plain(f"{run.model}, {row['seed']}"), *cells, plain(random)._replace(record=run)])
+            first.append(any(rank <= 19 for rank in ranks))
+        found.judge(run.model, all(first), f"with {sum(first)} of {len(first)} seeds", run)
     return found
 
 
@@ -501,9 +514,12 @@ def subspace(records: Records) -> Comparison:
     found = Comparison(
         "Appendix G: three SVD directions, % with conflicting signs",
         "That value vectors project with conflicting signs on three SVD directions is evidence of structure.",
-        "the share lies outside the range of three random directions, which independent signs put at 75 %",
-        ["measure", "gpt2", *(run.model for run in runs), "three random directions", "independent signs"],
-    )
+        "",
+        ["measure", "gpt2", *(run.model for run in runs), "three random directions (first seed)",
+         "over the choices of signs (first seed)"],
+        given="No mark: an SVD leaves its directions' signs open, and over all choices of them the mean share is 75 % "
+        "whatever the vectors are, as of independent signs. A share near 75 % therefore says nothing of structure.",
+    )  # fmt: skip
     names = {"alignment": "alignment of value vectors", "change": "change of the projection"}
     for place, (key, name) in enumerate(names.items()):
         ours = [seeds(run, key, 1) for run in runs]
@@ -512,11 +528,5 @@ def subspace(records: Records) -> Comparison:
         ]
         found.lines.append([plain(name), published(paper.SUBSPACE["gpt2"][place], 1), *ours, *beside])
     for run in runs:
-        outside = [
-            not row["alignment_random"]["low"] <= row["alignment"] <= row["alignment_random"]["high"]
-            for row in run.rows
-        ]
-        because = f"outside with {sum(outside)} of {len(outside)} seeds"
-        found.judge(run.model, all(outside), because, run)
         found.show(run, "subspace")
     return found

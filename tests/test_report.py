@@ -92,8 +92,76 @@ def test_a_record_changes_its_mark(tmp_path):
 
 
 def table_19(page: str) -> str:
-    part = page[page.index("Table 19: the increasing neurons</h3>") :]
+    return marks(page, "Table 19: the increasing neurons")
+
+
+def marks(page: str, heading: str) -> str:
+    """The list of marks below the first heading that begins so."""
+    part = page[page.index(f"<h3>{heading}") :]
     return part[: part.index("</ul>")]
+
+
+def interval(low: float, high: float) -> dict:
+    return {"mean": (low + high) / 2, "low": low, "high": high}
+
+
+ALL, FEW, TOKENS = "Tables 2, 19: % of DPO", "Tables 2, 3: the 256 best aligned neurons", "Table 3: neurons with toxic"
+SHARES = [  # a record, its rows' condition, their share of DPO's cut, a heading's beginning, its only mark then
+    ("patch_four_groups", "four_groups", interval(90, 94), ALL, "✓"),
+    ("patch_four_groups", "four_groups", interval(29, 93), ALL, "✗"),
+    ("patch_four_groups", "top256", interval(-30, -2), FEW, "✓"),
+    ("patch_four_groups", "top256", interval(5, 30), FEW, "✗"),
+    ("toxic_neurons_not_enough", "toxic_tokens", interval(-9, 0), TOKENS, "✓"),
+]
+
+
+@pytest.mark.parametrize("script, condition, value, heading, mark", SHARES)
+def test_marks_turn_with_the_record(tmp_path, script, condition, value, heading, mark):
+    target = tmp_path / script / "gemma-270m"
+    shutil.copytree(RESULTS / script / "gemma-270m", target)
+    record = json.loads((target / "run.json").read_text())
+    for row in record["rows"]:
+        if row["condition"] == condition:
+            row["percent_of_dpo"] = value
+    (target / "run.json").write_text(json.dumps(record))
+    found = marks(build(Records(tmp_path)), heading)
+    assert mark in found and {"✓": "✗", "✗": "✓"}[mark] not in found
+
+
+@pytest.mark.parametrize("restored, mark", [(interval(-1, 2), "· no mark"), (interval(20, 40), "✓ agrees")])
+def test_what_cannot_be_harder_to_undo_has_no_mark(tmp_path, restored, mark):
+    target = tmp_path / "robust_alignment" / "gemma-270m"
+    shutil.copytree(RESULTS / "robust_alignment" / "gemma-270m", target)
+    record = json.loads((target / "run.json").read_text())
+    for one in record["robustness"]:
+        if one["variant"] == "dpo":
+            one["percent_restored"] = restored
+        else:
+            one["restored_minus_dpo"] = interval(-30, -5)
+    (target / "run.json").write_text(json.dumps(record))
+    found = marks(build(Records(tmp_path)), "6.1: DPO on a part of the parameters (an open question there)")
+    assert mark in found and "✗" not in found
+
+
+def test_steering_without_controls_has_no_mark(tmp_path):
+    """The claim's second half compares with other directions."""
+    target = tmp_path / "steer" / "gemma-270m"
+    shutil.copytree(RESULTS / "steer" / "gemma-270m", target)
+    heading = "Tables 2, 11, 12: steering with the probe"
+    assert "agrees" in marks(build(Records(tmp_path)), heading)
+    record = json.loads((target / "run.json").read_text())
+    record["rows"] = [row for row in record["rows"] if not row["of"]]
+    (target / "run.json").write_text(json.dumps(record))
+    assert "agrees" not in marks(build(Records(tmp_path)), heading)
+
+
+def test_a_paired_difference_is_the_record_s():
+    """From the continuations' scores: the difference that run.json holds against the base model."""
+    record = Records(RESULTS).get("patch_four_groups/gemma-270m")
+    row = record.row("TP+AN", "shift")
+    found = record.paired(("TP+AN", "shift"), ("none", "none"))
+    assert found == pytest.approx(row["toxicity_change"], abs=1e-9)
+    assert record.paired(("TP+AN", "shift"), ("no such", "none")) is None
 
 
 def test_what_was_not_run_is_said(tmp_path):
