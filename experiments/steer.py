@@ -99,10 +99,11 @@ def main(vector, alpha, factor, **options):
         found = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}
         length, asked = residual_length(run), {"none": (run.base, NO_EDIT)}
         for stage in run.stages(means=False):
+            limit = allowed(run, stage, factor) if alpha is None else None
             asking = (stage.probe, stage.seed, options["protocol"], run.protocol.value_vectors == "written")
             for name, direction in {name: named(run.base, name, *asking, run.remote) for name in vector}.items():
                 if alpha is None:
-                    best = search(run, stage, direction, factor, length, f"{name}_{stage.seed}")
+                    best = search(run, stage, direction, limit, length, f"{name}_{stage.seed}")
                     found["searched_alpha"][name][str(stage.seed)] = best
                     chosen = {"alpha*": best, "alpha*/2": best / 2, "alpha*x2": best * 2}
                 else:
@@ -131,40 +132,39 @@ def steering(run, probe, alpha: float) -> Steering:
     return Steering(alpha * probe.direction, run.protocol.steer_at)
 
 
-def search(run, stage, direction, factor: float | str, length: float, file: str) -> float:
-    """The largest alpha whose log-perplexity, with every token steered, rises by at most log(factor), or to DPO's."""
+def allowed(run, stage, factor: float | str) -> float:
+    """The log-perplexity that a searched alpha may reach: the base model's plus log(factor), or DPO's."""
     import math
 
-    import nnsight
-
     from lib.errors import UserError
-    from lib.evaluation import EVERYWHERE, PERPLEXITY_TOKENS
-    from lib.generation import right_padded
     from lib.interventions import NO_EDIT
-    from lib.models import input_device
-    from lib.remote import session
+    from lib.results import once
+
+    def find() -> dict:
+        base = run.log_perplexity(run.base, NO_EDIT, negative_log_likelihood)
+        if factor == "dpo":
+            limit = run.log_perplexity(stage.post, NO_EDIT, negative_log_likelihood)
+        else:
+            limit = base + math.log(factor)
+        if limit <= base:
+            raise UserError("--factor dpo: DPO did not raise perplexity here, so no alpha matches it; give a number.")
+        return {"log_perplexity": limit}
+
+    return once(run.work / "conditions" / f"allowed_{stage.seed}.json", find)["log_perplexity"]
+
+
+def search(run, stage, direction, limit: float, length: float, file: str) -> float:
+    """The largest alpha whose log-perplexity, with every token steered, stays within the limit."""
     from lib.results import once
     from lib.statistics import largest_within
 
-    rows = max(1, PERPLEXITY_TOKENS // max(map(len, run.texts.windows)))
-    tokens = sum(len(ids) - 1 for ids in run.texts.windows)
-
-    def log_perplexity(alpha: float, model=run.base) -> float:
-        batches = list(right_padded(run.texts.windows, rows, input_device(run.base)))
-        edit = steering(run, direction, alpha) if alpha else NO_EDIT
-        with session(model, run.remote):
-            sums = nnsight.save([])
-            for batch in batches:
-                sums.append(negative_log_likelihood(model, batch, edit, EVERYWHERE).sum())
-        return float(sum(sums)) / tokens
-
     def find() -> dict:
-        base = log_perplexity(0.0)
-        limit = log_perplexity(0.0, stage.post) if factor == "dpo" else base + math.log(factor)
-        if limit <= base:
-            raise UserError("--factor dpo: DPO did not raise perplexity here, so no alpha matches it; give a number.")
         first = FIRST * length / float(direction.direction.norm())
-        return {"alpha": largest_within(log_perplexity, limit, first, PRECISION)}
+
+        def cost(alpha: float) -> float:
+            return run.log_perplexity(run.base, steering(run, direction, alpha), negative_log_likelihood)
+
+        return {"alpha": largest_within(cost, limit, first, PRECISION)}
 
     return once(run.work / "conditions" / f"search_{file.replace(':', '-')}.json", find)["alpha"]
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nnsight
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -191,6 +192,19 @@ class Experiment:
                     partial(self._measure, edited, edit, generate, likelihood, self._brief(condition), condition.kind),
                 )
             self.neurons[condition] = getattr(edit, "n_neurons", 0)
+
+    def log_perplexity(self, model, edit: Any, likelihood: Callable) -> float:
+        """Nats a token over all passages, with the edit at every position: what a search for a strength asks for.
+
+        likelihood: as in `measure`.
+        """
+        rows = max(1, evaluation.PERPLEXITY_TOKENS // max(map(len, self.texts.windows)))
+        batches = list(generation.right_padded(self.texts.windows, rows, models.input_device(self.base)))
+        with remote.session(model, self.remote):
+            sums = nnsight.save([])
+            for batch in batches:
+                sums.append(likelihood(model, batch, edit, evaluation.EVERYWHERE).sum())
+        return float(sum(sums)) / sum(len(ids) - 1 for ids in self.texts.windows)
 
     def _brief(self, condition: Condition) -> bool:
         """F1 and the second perplexity are measured once, for what is not a control."""
