@@ -14,7 +14,7 @@ many random and matched neurons, other directions, and its own means before DPO.
 Writes run.json, judged_tokens.jsonl and generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to
 runs/toxic_neurons_not_enough/<model>/; a killed run goes on where it was.
 
-    python experiments/toxic_neurons_not_enough.py --controls quick      # 12 minutes on two CPU cores
+    python experiments/toxic_neurons_not_enough.py --controls quick      # 24 minutes on two CPU cores
 """
 
 import click
