@@ -411,7 +411,7 @@ def anti_toxic(records: Records) -> Comparison:
     for run in records.of("toxic_vectors"):
         first = []
         for row in run.rows:
-            own = [one for one in run.vectors if one.get("seed", row["seed"]) == row["seed"] and one["found"]]
+            own = [one for one in run.vectors if one.get("seed", run.rows[0]["seed"]) == row["seed"] and one["found"]]
             ranks = [one["rank"] for one in own if one["kind"] == "worst, reversed"]
             counts = {kind: row["counts"][kind] for kind in ("worst, reversed", "random")}
             cells = [measured(counts["worst, reversed"]["listed"], run, 0), plain(", ".join(map(str, ranks)))]
