@@ -10,7 +10,7 @@ from test_cli import inputs  # noqa: F401  a fixture
 
 from lib import neurons, protocol
 from lib.models import FAMILIES as KINDS
-from lib.models import reach, value_vectors
+from lib.models import reach, value_vectors, write_gain
 from lib.probes import Probe
 
 script = load_script("toxic_neurons_not_enough")
@@ -33,6 +33,8 @@ def test_a_neuron_is_toxic_by_the_tokens_nearest_to_its_value_vector(traced, fam
     head, norm = module.get_output_embeddings().weight, reach(module, KINDS[family].final_norm)
     for row in judged[:10]:
         vector = value_vectors(module, row["layer"])[row["index"]]
+        if settings.value_vectors == "written":
+            vector = vector * write_gain(module, row["layer"])
         with torch.no_grad():
             lists = {"raw": head @ vector, "normed": head @ norm(vector[None])[0]}
         if settings.lens == "normed":
