@@ -111,7 +111,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
                 done[number] = pair
             file.flush()
             if method == "pplm" and "rehearsal" in options:
-                options["rehearsal"].passes.every += beside(pplm, len(numbers), NEW_TOKENS)
+                options["rehearsal"].passes.beside += beside(pplm, len(numbers), NEW_TOKENS)
     seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
     whole = [done[number] for number in range(len(asked_for))]
     kept = [pair for pair in whole if pair and differs(pair, min_gap)]

@@ -78,6 +78,11 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
         for stage in run.stages():
             edits = {}
             for name in representation:
+                # No seed enters the words' direction (nor means, unless they are sampled): a later one brings further
+                # draws of its controls alone.
+                again = name == "tokens" and stage.seed != run.seeds[0] and run.protocol.means_over == "generated"
+                if again and run.options["controls"] == "none":
+                    continue
                 direction = (
                     stage.probe
                     if name == "probe"
@@ -91,8 +96,6 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
                     }
                     found = {stage.condition(key, kind): plan.edit() for key, plan in plans.items()}
                     found |= controlled(run, stage, plans, direction, name, kind, order, alpha[-1], beta[0], norms)
-                    # No seed enters the words' direction: later ones bring further draws of its controls alone.
-                    again = name == "tokens" and stage.seed != run.seeds[0]
                     edits |= {condition: edit for condition, edit in found.items() if condition.draw or not again}
             run.measure(stage, edits, generate, negative_log_likelihood)
         record = write(run, words)

@@ -200,10 +200,11 @@ class Experiment:
         """
         rows = max(1, evaluation.PERPLEXITY_TOKENS // max(map(len, self.texts.windows)))
         batches = list(generation.right_padded(self.texts.windows, rows, models.input_device(self.base)))
+        where = evaluation.EVERYWHERE  # a name of its own: what is shipped would take the whole module along
         with remote.session(model, self.remote):
             sums = nnsight.save([])
             for batch in batches:
-                sums.append(likelihood(model, batch, edit, evaluation.EVERYWHERE).sum())
+                sums.append(likelihood(model, batch, edit, where).sum())
         return float(sum(sums)) / sum(len(ids) - 1 for ids in self.texts.windows)
 
     def _brief(self, condition: Condition) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from lib.artifacts import file_sha256
 from lib.errors import UserError
 
+PROFANE = Path(__file__).parent / "assets" / "profane_words.txt"
 Scorer = Callable[[list[str]], np.ndarray]  # texts -> probabilities of being toxic, [n_texts]
 
 
@@ -52,7 +53,7 @@ def scorer(name: str) -> Scorer:
 def identity(name: str) -> str:
     """A scorer's name, with the hash of its list of words: what a score that is kept depends on."""
     kind, _, which = name.partition(":")
-    return f"{name} {file_sha256(Path(which))}" if kind == "words" and which else name
+    return f"{name} {file_sha256(Path(which) if which else PROFANE)}" if kind == "words" else name
 
 
 def _probe(name: str) -> Scorer:
@@ -129,7 +130,7 @@ def repetition(ids: list[int], n: int = 3) -> float:
 @cache
 def profane_pattern() -> re.Pattern:
     """Matches the profane words of assets/profane_words.txt."""
-    return word_pattern(Path(__file__).parent / "assets" / "profane_words.txt")
+    return word_pattern(PROFANE)
 
 
 def word_pattern(path: Path) -> re.Pattern:

@@ -23,7 +23,7 @@ class Protocol:
     means_over: str  # `generated` tokens, greedy, prompts cut to 32 / the `last20` positions of prompt and sample
     delta: str  # `pre - post` in both: above 0 means that DPO reduced the toxic projection
     value_vectors: str  # as the residual stream sees them: `written` through Gemma's norm / the weight's `raw` rows
-    lens: str  # nearest tokens of value vectors from `both` the raw vector and the normed one / the `normed` one
+    lens: str  # nearest tokens of value vectors from `both` the vector and the normed one / the `normed` one
     beta_order: str  # section 6 takes the most `aligned` of every group / the most aligned of TP and AN, the least
     # aligned of AP and TN (`released`)
     contrast_rows: str  # word vectors from `both` the unembedding and the input embedding / the `lm_head` alone

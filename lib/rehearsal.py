@@ -37,6 +37,7 @@ class Passes:
     """Forward passes: (tokens through the layers, tokens through the head) of each."""
 
     every: list[tuple[int, int]] = field(default_factory=list)
+    beside: list[tuple[int, int]] = field(default_factory=list)  # what takes as long as such a pass: gradients
 
     @contextmanager
     def counted(self, vocabulary: int) -> Iterator[None]:
@@ -175,6 +176,7 @@ def tell(one: Rehearsal, short: str | None) -> None:
     if options.get("remote") == "ndif":
         click.echo("A condition is one request; what a request takes depends on the service.")
     else:
+        passes = passes + one.passes.beside
         click.echo(f"about {said(seconds(passes, body, head, width, device))}, {memory / 1e9:.0f} GB of memory")
     click.echo("An estimate: twice the floor by this machine's measured rates. Nothing was trained, sent or written.")
 

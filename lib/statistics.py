@@ -62,7 +62,8 @@ def largest_within(cost: Callable[[float], float], limit: float, start: float, p
 
     def above(log_x: float) -> float:
         if log_x not in known:
-            known[log_x] = cost(math.exp(log_x)) - limit
+            found = cost(math.exp(log_x))
+            known[log_x] = found - limit if math.isfinite(found) else 1e9  # a ruined text's may overflow
         return known[log_x]
 
     low = high = math.log(start)

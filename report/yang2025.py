@@ -326,6 +326,7 @@ def steering(records: Records) -> Comparison:
             continue
         others = [row for row in run.rows if row["of"] == "steer alpha*" and row["condition"] != "control:zero"]
         needed = {"control:flipped", "control:gaussian", "control:permuted_labels"}
+        found.show(run, "toxicity_perplexity")
         if not needed <= {row["condition"] for row in others}:
             continue  # without controls the claim's second half is open
         like = [
@@ -335,7 +336,8 @@ def steering(records: Records) -> Comparison:
         ]
         because = f"change {bounds(real['toxicity_change'])}; controls that do as well: {', '.join(like) or 'none'}"
         found.judge(run.model, real["toxicity_change"]["high"] < 0 and not like, because, run)
-        found.show(run, "toxicity_perplexity")
+    if found.figures and not found.verdicts:
+        found.given = "No mark: the runs have no controls."
     return found
 
 

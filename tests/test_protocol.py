@@ -22,7 +22,7 @@ from lib.data import Dataset
 from lib.generation import NEW_TOKENS, batches, right_padded
 from lib.interventions import NO_EDIT
 from lib.models import FAMILIES as KINDS
-from lib.models import layers, load, mlp_out, reach, resolve, value_vectors
+from lib.models import layers, load, mlp_out, reach, resolve, value_vectors, write_gain
 from lib.protocol import FAITHFUL, SOUND, with_released
 from lib.statistics import Bootstrap
 
@@ -570,11 +570,11 @@ def test_o_a_neuron_that_wrote_more_before_dpo_reduces():
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_p_lists_of_tokens_from_the_raw_vector_or_after_the_norm(family, traced):
-    """The anti-toxic value vectors, sign-reversed: `both` lists, or the one after the final norm (table 15)."""
+    """The anti-toxic value vectors as written, sign-reversed: `both` lists, or that after the final norm (table 15)."""
     model = traced(family)
     cosine = torch.randn(LAYERS, NEURONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     layer, index = divmod(int(cosine.flatten().argmin()), NEURONS)
-    vector = -value_vectors(model._module, layer)[index]
+    vector = -value_vectors(model._module, layer)[index] * write_gain(model._module, layer)
     norm, head = reach(model._module, KINDS[family].final_norm), model._module.get_output_embeddings().weight
     with torch.no_grad():
         products = {"raw": head @ vector, "normed": head @ norm(vector[None])[0]}

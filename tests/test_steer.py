@@ -93,7 +93,7 @@ def test_the_search_keeps_perplexity_within_its_factor(inputs, tmp_path, tiny): 
     save_file({"direction": direction.contiguous()}, tmp_path / "probe.safetensors")
     out = tmp_path / "out"
     changed = {**inputs, "--probe": tmp_path / "probe.safetensors", "--limit": 2, "--factor": factor,
-               "--controls": "quick", "--out": out}  # fmt: skip
+               "--controls": "quick", "--remote": "local", "--out": out}  # fmt: skip
     parts = [str(part) for pair in changed.items() for part in pair]
     done = run("experiments/steer.py", *parts, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-2000:]
