@@ -156,7 +156,7 @@ def test_published_numbers():
 @pytest.mark.parametrize("power", [1, 2, 5])
 @pytest.mark.parametrize("start", [0.003, 1.0, 40.0])
 def test_the_largest_within_a_limit(power, start):
-    """To the precision asked for, never above, from either side, in few steps, past what overflows; a flat cost ends."""
+    """To the precision asked for, never above, from either side, in few steps, past overflows; a flat cost ends."""
     asked = []
 
     def cost(x: float) -> float:
