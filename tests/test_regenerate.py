@@ -16,7 +16,8 @@ def test_records_that_need_no_model(tmp_path):
         done = run(ROOT / "results/regenerate.py", "edits_against_dpo", "--out", tmp_path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         said = done.stdout.splitlines()
-        assert [line.split(":")[0] for line in said] == ["edits_against_dpo/gemma-270m", "edits_against_dpo/smollm2"]
+        names = [f"edits_against_dpo/{name}" for name in ("all_prompts", "gemma-270m", "smollm2")]
+        assert [line.split(":")[0] for line in said] == names
         assert all("toxicity within 0" in line and "log_ppl within 0" in line for line in said), said
         assert ("python experiments" in done.stderr) == (times == 1)
 
