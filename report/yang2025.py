@@ -227,8 +227,8 @@ def section_6(records: Records) -> Iterator[Comparison]:
                  measured(row["toxicity_against_dpo"], run), measured(row["log_ppl"], run, 2),
                  measured(row["log_ppl_against_dpo"], run, 2), measured(100 * row["share_on_front"], run, 0)]
             )  # fmt: skip
-        with_dpo = ("none", "dpo", "four_groups")  # the last takes DPO's activations
-        own = [row for row in run.rows if row["condition"] not in with_dpo and not row["of"]]
+        # What is patched takes DPO's activations.
+        own = [row for row in run.rows if row["condition"] not in paper.PATCHING and not row["of"]]
         edits = [row for row in own if row["kind"] != "steer"]
         better = [f"{row['condition']}, {row['kind']}" for row in edits if row["beats_dpo"]]
         found.judge(run.model, bool(better), f"of {len(edits)} edits: {', '.join(better) or 'none'}", run)
