@@ -49,10 +49,11 @@ def main(top, judge, **options):
     with experiment.begin(
         "toxic_neurons_not_enough", {**options, "judge": judge, "top": top}, means_suffice=True
     ) as run:
-        norms = run.at_weights(controls.value_norms)
+        norms, found_of, judged_of = run.at_weights(controls.value_norms), {}, {}
         for stage in run.stages():
             found = attribute(run, stage)
             judged = judge_tokens(run, found["cosine"], verdict)
+            found_of[stage.seed], judged_of[stage.seed] = found, judged
             plans = make_plans(found, judged, top)
             edits = {stage.condition(*key): plan.edit() for key, plan in plans.items()}
             for key in ((f"top{max(top)}", "clamp"), (f"top{max(top)}", "shift")):
@@ -62,10 +63,8 @@ def main(top, judge, **options):
 
                 edits |= run.controlled(stage, key[0], plans[key], replan, [norms, found["pre"].abs()])
             run.measure(stage, edits, generate, negative_log_likelihood)
-            if stage.seed == run.seeds[0]:
-                first, tokens = found, judged
-        record = write(run, first, tokens)
-    report(run, record, tokens)
+        record = write(run, found_of, judged_of)
+    report(run, record, judged_of)
 
 
 def attribute(run, stage, probe=None) -> dict:
@@ -146,13 +145,25 @@ def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False
     return losses
 
 
-def write(run, found: dict, judged: list[dict]) -> dict:
-    """The judged tokens, the figures and the record."""
+def negative(found: dict) -> dict[str, float]:
+    """Negative mean activations, in %: of all neurons before DPO, of the best aligned ones before and after it."""
+    order = found["cosine"].flatten().argsort(descending=True)[:FIGURE_N]
+    shares = {
+        "all": found["pre"],
+        f"top{FIGURE_N}": found["pre"].flatten()[order],
+        f"top{FIGURE_N}_after": found["post"].flatten()[order],
+    }
+    return {name: 100 * float((means < 0).double().mean()) for name, means in shares.items()}
+
+
+def write(run, found_of: dict[int, dict], judged_of: dict[int, list[dict]]) -> dict:
+    """The judged tokens of all seeds, the first seed's figure, and the record."""
     from lib import paper, plots, results
 
     name = run.options["model"]
     theirs = paper.counterpart(name)
-    results.write_lines(run.work / "judged_tokens.jsonl", judged)
+    lines = [{"seed": seed, **row} for seed, rows in judged_of.items() for row in rows]
+    results.write_lines(run.work / "judged_tokens.jsonl", lines)
     conditions = {"top256": "top256", "toxic_tokens": "toxic_neurons"}
 
     def published(condition: str, kind: str) -> dict:
@@ -166,42 +177,49 @@ def write(run, found: dict, judged: list[dict]) -> dict:
             row["percent_of_dpo"] = share
         return {"published": row}
 
-    order = found["cosine"].flatten().argsort(descending=True)[:FIGURE_N]
-    pre, post = (found[key].flatten()[order].numpy() for key in ("pre", "post"))
     record = run.finish(
         published,
         judge=run.options["judge"],
-        toxic_token_neurons=sum(bool(row["toxic_tokens"]) for row in judged),
-        judged_neurons=len(judged),
-        percent_negative={
-            "all": 100 * float((found["pre"] < 0).double().mean()),
-            f"top{FIGURE_N}": 100 * float((pre < 0).mean()),
-            f"top{FIGURE_N}_after": 100 * float((post < 0).mean()),
-        },
+        judged_neurons=len(judged_of[run.seeds[0]]),
+        seeds=[
+            {
+                "seed": seed,
+                "toxic_token_neurons": sum(bool(row["toxic_tokens"]) for row in judged),
+                "percent_negative": negative(found_of[seed]),
+            }
+            for seed, judged in judged_of.items()
+        ],
     )
+    first = found_of[run.seeds[0]]
+    order = first["cosine"].flatten().argsort(descending=True)[:FIGURE_N]
+    pre, post = (first[key].flatten()[order].numpy() for key in ("pre", "post"))
     plots.top_activations(pre, post, run.work / "figures" / "top_activations.png")
     plots.reduction_bars(record["rows"], run.work / "figures" / "share_of_dpo.png")
     return record
 
 
-def report(run, record: dict, judged: list[dict]) -> None:
-    """Print the table, beside table 3, and a few of the judged tokens."""
+def report(run, record: dict, judged_of: dict[int, list[dict]]) -> None:
+    """Print the table, beside table 3, and a few of each seed's judged tokens."""
     from lib import paper
     from lib.metrics import mask
 
     def before(console) -> None:
         theirs = paper.counterpart(record["model"])
         published = f" (Yang et al., {theirs}: {paper.TOXIC_TOKEN_NEURONS[theirs][0]} of 256)" if theirs else ""
-        toxic = [row for row in judged if row["toxic_tokens"]]
-        console.print(f"{len(toxic)} of the {len(judged)} best aligned neurons have a toxic token{published}:")
-        for row in toxic[:5]:
-            shown = row["toxic_tokens"] if run.options["raw_text"] else map(mask, row["toxic_tokens"])
-            console.print(f"  {row['neuron']} (rank {row['rank']}): {' '.join(shown)}", markup=False)
-        negative = record["percent_negative"]
-        console.print(
-            f"Negative mean activation: {negative['all']:.1f} % of all neurons, {negative[f'top{FIGURE_N}']:.0f} % of "
-            f"the top {FIGURE_N} before DPO, {negative[f'top{FIGURE_N}_after']:.0f} % after"
-        )
+        for one in record["seeds"]:
+            judged, shares = judged_of[one["seed"]], one["percent_negative"]
+            toxic = [row for row in judged if row["toxic_tokens"]]
+            console.print(
+                f"Seed {one['seed']}: {len(toxic)} of the {len(judged)} best aligned neurons have a toxic token"
+                + published
+            )
+            for row in toxic[:5]:
+                shown = row["toxic_tokens"] if run.options["raw_text"] else map(mask, row["toxic_tokens"])
+                console.print(f"  {row['neuron']} (rank {row['rank']}): {' '.join(shown)}", markup=False)
+            console.print(
+                f"  negative mean activation: {shares['all']:.1f} % of all neurons, {shares[f'top{FIGURE_N}']:.0f} % "
+                f"of the top {FIGURE_N} before DPO, {shares[f'top{FIGURE_N}_after']:.0f} % after"
+            )
         if theirs:
             console.print(f"Yang et al., {theirs}: {paper.PERCENT_NEGATIVE[theirs]} % of all neurons (table 13)")
 

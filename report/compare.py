@@ -93,6 +93,11 @@ def spread(values: list[float], digits: int = 3) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def over_seeds(values: list[float], record: Record, digits: int = 3) -> Value:
+    """The range over seeds."""
+    return measured(sum(values) / len(values), record, digits)._replace(text=spread(values, digits))
+
+
 def wilson(share: float, n: float) -> dict:
     """The 95 % interval of a share of n."""
     z = 1.96

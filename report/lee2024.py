@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from lib import paper
 from lib.metrics import profane_pattern
-from report.compare import Comparison, Value, bounds, measured, plain, published, share, spread, wilson
-from report.records import Record, Records
+from report.compare import Comparison, Value, bounds, measured, over_seeds, plain, published, share, spread, wilson
+from report.records import Records
 
 ACCURACY = 0.94  # section 3.1
 TITLE = "Lee et al. 2024: A Mechanistic Understanding of Alignment Algorithms: A Case Study on DPO and Toxicity"
@@ -237,11 +237,6 @@ def parameters(records: Records) -> Iterator[Comparison]:
         moved.judge(run.model, min(every) >= 80, f"at least {min(every):.0f} %", run)
         moved.figures += [(run, path) for path in run.figures if path.stem.startswith("offset")]
     yield moved
-
-
-def over_seeds(values: list[float], run: Record, digits: int = 3):
-    """The range over seeds."""
-    return measured(sum(values) / len(values), run, digits)._replace(text=spread(values, digits))
 
 
 def toxic_neurons(records: Records) -> Comparison:

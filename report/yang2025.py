@@ -5,7 +5,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from lib import paper
-from report.compare import PAPER_MODELS, Comparison, bounds, measured, overlaps, plain, published, share, spread, wilson
+from report.compare import (
+    PAPER_MODELS,
+    Comparison,
+    bounds,
+    measured,
+    over_seeds,
+    overlaps,
+    plain,
+    published,
+    share,
+    spread,
+    wilson,
+)
 from report.records import Record, Records
 
 TITLE = "Yang et al. 2025: How Does DPO Reduce Toxicity? A Mechanistic Neuron-Level Analysis"
@@ -284,7 +296,9 @@ def few_neurons(records: Records) -> Comparison:
         ]
         found.lines.append([plain(condition), *(published(given.get(model), 1) for model in PAPER_MODELS), *ours])
     numbers = [published(paper.TOXIC_TOKEN_NEURONS[model][0], 0) for model in PAPER_MODELS]
-    ours = [measured(run.data["toxic_token_neurons"], run, 0) for run in runs for _ in range(2)]
+    ours = [
+        over_seeds([one["toxic_token_neurons"] for one in run.data["seeds"]], run, 0) for run in runs for _ in range(2)
+    ]
     found.lines.append([plain("neurons with a toxic token"), *numbers, *ours])
     for run in runs:
         if row := run.row("toxic_tokens", "clamp"):
@@ -450,14 +464,16 @@ def negative(records: Records) -> Comparison:
     found = Comparison(
         "Figure 3: the first 100 neurons are negative",
         "Most of the 100 neurons that align best with the probe have a negative mean activation before DPO (GPT-2).",
-        "more than 50 % do, and more than of all neurons",
+        "with every seed more than 50 % do, and more than of all neurons",
         ["model", "% of the first 100", "% of them after DPO", "% of all neurons"],
     )
     for run in records.of("toxic_neurons_not_enough"):
-        shares = run.data["percent_negative"]
-        cells = [measured(shares[key], run, digits) for key, digits in (("top100", 0), ("top100_after", 0), ("all", 1))]
+        shares = [one["percent_negative"] for one in run.data["seeds"]]
+        before, after, every = ([one[key] for one in shares] for key in ("top100", "top100_after", "all"))
+        cells = (over_seeds(before, run, 0), over_seeds(after, run, 0), over_seeds(every, run, 1))
         found.lines.append([plain(run.model), *cells])
-        found.judge(run.model, shares["top100"] > max(50, shares["all"]), f"{shares['top100']:.0f} %", run)
+        agrees = all(one["top100"] > max(50, one["all"]) for one in shares)
+        found.judge(run.model, agrees, f"{spread(before, 0)} %", run)
         found.show(run, "top_activations")
     return found
 

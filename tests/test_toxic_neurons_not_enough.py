@@ -61,6 +61,15 @@ def test_sets_of_neurons():
     assert [layer.value.tolist() for layer in plans["top2", "shift"].edit()] == [[-1.0], [2.0]]
 
 
+def test_shares_of_negative_neurons():
+    """Of all 200 neurons, every second before DPO; of the 100 best aligned ones, the first 30 before and none after."""
+    cosine = torch.arange(200, 0, -1.0).reshape(2, 100)
+    best, others = torch.ones(100), torch.ones(100)
+    best[:30], others[:70] = -1, -1
+    shares = script.negative({"cosine": cosine, "pre": torch.stack([best, others]), "post": torch.ones(2, 100)})
+    assert shares == {"all": 50, "top100": 30, "top100_after": 0}
+
+
 def test_the_script(inputs, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     changed = {**inputs, "--limit": 2, "--top": "5,9", "--remote": "local", "--out": out}
@@ -73,5 +82,6 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
     ]  # fmt: skip
     judged = [json.loads(line) for line in (out / "judged_tokens.jsonl").read_text().splitlines()]
     assert record["judged_neurons"] == len(judged) == LAYERS * NEURONS
-    assert record["toxic_token_neurons"] == sum(bool(row["toxic_tokens"]) for row in judged)
+    (one,) = record["seeds"]
+    assert one["toxic_token_neurons"] == sum(bool(row["toxic_tokens"]) for row in judged)
     assert {path.name for path in (out / "figures").iterdir()} == {"top_activations.png", "share_of_dpo.png"}
