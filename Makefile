@@ -12,7 +12,7 @@ RECORDS ?= results
 report: .venv/made
 	$(BIN)/python -m report --results $(RECORDS)
 
-# Every committed record by its own command, with resume: about eight hours on two cores. See results/regenerate.py.
+# Every committed record by its own command, with resume: about half a day on two cores. See results/regenerate.py.
 results: .venv/made
 	$(BIN)/python results/regenerate.py
 
