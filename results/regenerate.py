@@ -4,7 +4,7 @@ The commands are those in the records (`provenance.argv`), so this list cannot d
 finished is not run again, and a killed run goes on where it was: hours on two cores, in as many sittings as you like.
 New records go to runs/results/; --replace puts them in the place of the committed ones.
 
-    python results/regenerate.py                       # all: about eight hours on two CPU cores
+    python results/regenerate.py                       # all: about half a day on two CPU cores
     python results/regenerate.py steer toxic_subspace  # these alone
 """
 
