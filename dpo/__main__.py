@@ -20,7 +20,15 @@ from lib.embedded import EMBEDDED
 
 
 @click.command(help=__doc__)
-@options("model", "revision", "device", "dtype", "pairs")
+@options("model", "revision", "device")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on every device, as the papers train.",
+)
+@options("pairs")
 @click.option(
     "--preset",
     type=click.Choice(["lee2024", "yang2025", "embedded"]),
@@ -118,8 +126,7 @@ def plan(source, loaded, config, device: str) -> str:
     pairs = tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos)
     trained, valid = split(pairs, config.valid_fraction, config.seed)
     of_update = config.batch_size * config.accumulate
-    updates = config.epochs * len(trained) // of_update
-    updates = min(updates, config.steps or updates)
+    updates = config.updates(len(trained))
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
     answers = tokens - sum(pair.chosen_start + pair.rejected_start for pair in pairs) / len(pairs)
     body, head = rehearsal.sizes(source.path)
@@ -130,13 +137,15 @@ def plan(source, loaded, config, device: str) -> str:
     kept = 4 if config.trainable == "all" else 1  # weights, gradients, the optimizer's averages and their roots
     logits = 12 * config.batch_size * answers * len(tokenizer)
     memory = 4 * kept * (body + head) + logits + rehearsal.RUNTIME
-    return (
-        f"{source.name}: {(body + head) / 1e6:,.0f} million parameters, {config.trainable} trained\n"
-        f"{updates} updates of {of_update} of {len(trained)} pairs, {len(valid)} held out\n"
+    lines = [
+        f"{source.name}: {(body + head) / 1e6:,.0f} million parameters, {config.trainable} trained",
+        f"{updates} updates of {of_update} of {len(trained)} pairs, {len(valid)} held out",
+        config.ends_in_warmup(updates),
         f"about {rehearsal.said(seconds)} at most, {memory / 1e9:.0f} GB of memory, "
-        f"{4 * (body + head) / 1e9:.1f} GB of disk\n"
-        "An estimate: twice the floor by this machine's measured rates. Nothing was trained or written."
-    )
+        f"{4 * (body + head) / 1e9:.1f} GB of disk",
+        "An estimate: twice the floor by this machine's measured rates. Nothing was trained or written.",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
@@ -154,7 +163,7 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     from lib.results import versions
 
     logging.disable_progress_bar()  # of single weights
-    dtype = "float32" if dtype == "auto" else dtype  # the papers train in float32 on every device
+    dtype = "float32" if dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
     complete(model, source)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
@@ -177,6 +186,8 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
         task = bar.add_task("DPO", total=None, said="reference log-probabilities")
 
         def progress(done: int, total: int, record: dict) -> None:
+            if bar.tasks[task].total is None and (warning := config.ends_in_warmup(total)):
+                bar.console.print(warning)
             said = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.2f}  margin {record['margin']:.3f}"
             bar.update(task, completed=done, total=total, said=said)
             if "valid_loss" in record:

@@ -1,5 +1,6 @@
 """Hyperparameters, and the papers' settings of them."""
 
+import math
 from dataclasses import dataclass, replace
 
 from lib.embedded import EMBEDDED
@@ -28,6 +29,20 @@ class Config:
     patience: int = 10  # validations without a better loss before training stops
     save_every: int = 25  # updates between states that a killed run goes on from
     seed: int = 0
+
+    def updates(self, n_pairs: int) -> int:
+        """Updates that training on `n_pairs` pairs makes."""
+        of_epochs = math.ceil(n_pairs * self.epochs / (self.batch_size * self.accumulate))
+        return min(of_epochs, self.steps or of_epochs)
+
+    def ends_in_warmup(self, updates: int) -> str:
+        """A warning where so few updates never reach the learning rate, else nothing."""
+        if updates > self.warmup:
+            return ""
+        return (
+            f"Warning: {updates} updates end within the warm-up of {self.warmup}, so the learning rate does not reach "
+            f"{self.learning_rate:g}; bring more --pairs, or give --warmup."
+        )
 
 
 PRESETS = {

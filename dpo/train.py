@@ -53,9 +53,7 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
             f"--batch-size {config.batch_size} times --accumulate {config.accumulate} is {per_update} pairs an update, "
             f"which cannot be dealt out to {world()} processes; give a multiple of their number."
         )
-    n_updates = math.ceil(len(train_pairs) * config.epochs / per_update)
-    n_updates = min(n_updates, config.steps or n_updates)
-
+    n_updates = config.updates(len(train_pairs))
     updates = [update_pairs(step, per_update, len(train_pairs), config.seed) for step in range(n_updates)]
     reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None
     masks, skeleton = shard(model, masks)

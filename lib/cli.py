@@ -121,8 +121,8 @@ OPTIONS = {
     ),
     "scorer": click.option(
         "--scorer",
-        help="profanity-check, words, probe:<model>, detoxify, detoxify:unbiased or hf:<repo>.  [default: "
-        "profanity-check for the models from PyPI, else detoxify]",
+        help="profanity-check, words, words:<file>, probe:<model>, detoxify, detoxify:unbiased or hf:<repo>.  "
+        "[default: profanity-check for the models from PyPI, else detoxify]",
     ),
     "second-scorer": click.option(
         "--second-scorer",

@@ -198,7 +198,7 @@ def test_the_command(tiny, tmp_path, cache):
     (tmp_path / "neurons.txt").write_text("L0.N1 L2.N3")
     options = ["-m", "dpo", "--model", tiny("llama"), "--pairs", pairs, "--preset", "embedded", "--steps", 2]
     done = run(*options, "--trainable", f"values:{tmp_path / 'neurons.txt'}", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "2 updates end within the warm-up of 5" in done.stderr, done.stderr
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary["config"]["trainable"] == "values:L0.N1,L2.N3" and summary["trained_entries"] == 64
     wrong = run(*options, "--trainable", "values:L9.N1", "--out", tmp_path / "wrong")
