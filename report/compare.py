@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     """Whether a claim holds in one record."""
 
     label: str
-    agrees: bool
+    agrees: bool | None  # None: the interval leaves it open
     because: str  # the numbers that the rule looked at
     record: Record
 
@@ -41,9 +41,9 @@ class Comparison:
     anchor: str = ""  # the id on the page
     given: str = ""  # in place of a rule: what is a definition, or cannot come out otherwise, gets no mark
 
-    def judge(self, label: str, agrees: bool, because: str, record: Record) -> None:
+    def judge(self, label: str, agrees: bool | None, because: str, record: Record) -> None:
         """Add a verdict."""
-        self.verdicts.append(Verdict(label, bool(agrees), because, record))
+        self.verdicts.append(Verdict(label, None if agrees is None else bool(agrees), because, record))
 
     def show(self, record: Record, *names: str) -> None:
         """Add figures of a record."""
@@ -80,6 +80,20 @@ def fixed(number: float, digits: int) -> str:
     if not math.isfinite(number):
         return "–"
     return f"{round(number, digits) + 0.0:.{digits}f}"
+
+
+def above(found: dict, bar: float) -> bool | None:
+    """Whether a whole interval lies at or above a value; None where it holds the value within it."""
+    if found["low"] >= bar:
+        return True
+    return None if found["high"] >= bar else False
+
+
+def below(found: dict, bar: float) -> bool | None:
+    """Whether a whole interval lies at or below a value; None where it holds the value within it."""
+    if found["high"] <= bar:
+        return True
+    return None if found["low"] <= bar else False
 
 
 def overlaps(found: dict, others: list[float]) -> bool:

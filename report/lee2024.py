@@ -5,7 +5,19 @@ from collections.abc import Iterator
 
 from lib import paper
 from lib.metrics import profane_pattern
-from report.compare import Comparison, Value, bounds, measured, over_seeds, plain, published, share, spread, wilson
+from report.compare import (
+    Comparison,
+    Value,
+    below,
+    bounds,
+    measured,
+    over_seeds,
+    plain,
+    published,
+    share,
+    spread,
+    wilson,
+)
 from report.records import Records
 
 ACCURACY = 0.94  # section 3.1
@@ -150,7 +162,8 @@ def unalign(records: Records) -> Comparison:
     found = Comparison(
         "Table 4: un-aligning",
         "Scaling seven toxic keys tenfold undoes DPO.",
-        "at least half of DPO's cut comes back: 100 % less the edited model's share, its whole interval",
+        "at least half of DPO's cut comes back: 100 % less the edited model's share, its whole interval; open "
+        "where that holds half",
         ["condition", "toxicity", "% of DPO's cut that is left", "log-perplexity"],
     )
     for name in ("none", "dpo", "unalign"):
@@ -173,7 +186,7 @@ def unalign(records: Records) -> Comparison:
                 bounds({"mean": 100 - left["mean"], "low": 100 - left["high"], "high": 100 - left["low"]}, 0)
                 + " % comes back"
             )
-            found.judge(run.model, left["high"] <= 50, because, run)
+            found.judge(run.model, below(left, 50), because, run)
         found.show(run, "restored")
     return found
 

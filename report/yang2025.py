@@ -8,6 +8,8 @@ from lib import paper
 from report.compare import (
     PAPER_MODELS,
     Comparison,
+    above,
+    below,
     bounds,
     measured,
     over_seeds,
@@ -21,7 +23,7 @@ from report.compare import (
 from report.records import Record, Records
 
 TITLE = "Yang et al. 2025: How Does DPO Reduce Toxicity? A Mechanistic Neuron-Level Analysis"
-SMALL = "the whole 95 % interval lies at or below the largest published share"
+SMALL = "the whole 95 % interval lies at or below the largest published share; open where it holds that share"
 RANKS = {"figures 2c, 6c, 7a": 500, "figure 7b": 5500}  # the last rank that each shows
 
 
@@ -124,12 +126,18 @@ def at(condition: str, model: str, place: int) -> float:
     return paper.PATCHING[condition][model][place]
 
 
-KEPT = "the change of log-perplexity is below 0.25 nats with its whole interval (published: -0.03 to 0.02)"
+KEPT = (
+    "the change of log-perplexity is below 0.25 nats with its whole interval (published: -0.03 to 0.02); "
+    "open where that holds 0.25"
+)
 CLAIMS = {  # of the tables 2 and 19: claim, rule
-    "toxicity": ("DPO lowers toxicity.", "the change of toxicity lies below 0 by its 95 % interval"),
+    "toxicity": (
+        "DPO lowers toxicity.",
+        "the change of toxicity lies below 0 by its 95 % interval; open where that holds 0",
+    ),
     "percent_of_dpo": (
         "The four groups together lower toxicity as much as DPO.",
-        "the whole 95 % interval lies at or above the smallest published share (85 %)",
+        "the whole 95 % interval lies at or above the smallest published share (85 %); open where it holds that share",
     ),
     "log_ppl": ("Patching the four groups keeps perplexity, measured where the edit acts: at every position.", KEPT),
     "log_ppl_first": (
@@ -151,11 +159,11 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
         if key == "toxicity":
             if kind == "clamp":
                 change = run.row("dpo", "none")["toxicity_change"]
-                found.judge(label.replace(", clamp", ""), change["high"] < 0, bounds(change), run)
+                found.judge(label.replace(", clamp", ""), below(change, 0), bounds(change), run)
         elif row and key == "percent_of_dpo":
             theirs = [percent_cut("four_groups", model) for model in PAPER_MODELS]
             because = f"{bounds(row[key], 0)} (published {spread(theirs, 0)})"
-            found.judge(label, row[key]["low"] >= min(theirs), because, run)
+            found.judge(label, above(row[key], min(theirs)), because, run)
         elif row and key == "f1" and key in row:
             share = row["f1"] / run.row("none", "none")["f1"]
             theirs = min(at("four_groups", model, 2) / at("none", model, 2) for model in PAPER_MODELS)
@@ -164,7 +172,7 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
             )
         elif row and key in row:
             change = row[key + "_change"]
-            found.judge(label, change["high"] < 0.25, bounds(change, 2), run)
+            found.judge(label, below(change, 0.25), bounds(change, 2), run)
 
 
 def single_claims(columns: list) -> Iterator[Comparison]:
@@ -173,15 +181,15 @@ def single_claims(columns: list) -> Iterator[Comparison]:
     more = Comparison(
         "Table 19: the increasing neurons",
         "The neurons whose toxic projection rose under DPO raise toxicity when patched.",
-        "the change of toxicity lies above 0 by its 95 % interval",
+        "the change of toxicity lies above 0 by its 95 % interval; open where that holds 0",
     )
     for run, kind, label in columns:
         if row := run.row("top256", kind):
             found, theirs = row["percent_of_dpo"], [percent_cut("top256", model) for model in PAPER_MODELS]
             because = f"{bounds(found, 0)} (published {spread(theirs, 0)})"
-            few.judge(label, found["high"] <= max(theirs), because, run)
+            few.judge(label, below(found, max(theirs)), because, run)
         if row := run.row("increasing", kind):
-            more.judge(label, row["toxicity_change"]["low"] > 0, bounds(row["toxicity_change"]), run)
+            more.judge(label, above(row["toxicity_change"], 0), bounds(row["toxicity_change"]), run)
     yield few
     yield more
 
@@ -278,7 +286,7 @@ def few_neurons(records: Records) -> Comparison:
     found = Comparison(
         "Table 3: neurons with toxic tokens, % of DPO's cut",
         "The neurons that write toxic tokens make a small part of DPO's cut.",
-        f"{SMALL}, for the neurons with a toxic token, clamped",
+        f"for the neurons with a toxic token, clamped, {SMALL}",
         ["neurons", *PAPER_MODELS],
     )
     runs = records.of("toxic_neurons_not_enough")
@@ -304,7 +312,7 @@ def few_neurons(records: Records) -> Comparison:
         if row := run.row("toxic_tokens", "clamp"):
             interval = row["percent_of_dpo"]
             largest = max(theirs["toxic_tokens"].values())
-            found.judge(run.model, interval["high"] <= largest, bounds(interval, 1), run)
+            found.judge(run.model, below(interval, largest), bounds(interval, 1), run)
         found.show(run, "share_of_dpo")
     return found
 

@@ -108,9 +108,11 @@ def interval(low: float, high: float) -> dict:
 ALL, FEW, TOKENS = "Tables 2, 19: % of DPO", "Tables 2, 3: the 256 best aligned neurons", "Table 3: neurons with toxic"
 SHARES = [  # a record, its rows' condition, their share of DPO's cut, a heading's beginning, its only mark then
     ("patch_four_groups", "four_groups", interval(90, 94), ALL, "✓"),
-    ("patch_four_groups", "four_groups", interval(29, 93), ALL, "✗"),
+    ("patch_four_groups", "four_groups", interval(29, 80), ALL, "✗"),
+    ("patch_four_groups", "four_groups", interval(29, 93), ALL, "?"),
     ("patch_four_groups", "top256", interval(-30, -2), FEW, "✓"),
-    ("patch_four_groups", "top256", interval(5, 30), FEW, "✗"),
+    ("patch_four_groups", "top256", interval(5, 30), FEW, "?"),
+    ("patch_four_groups", "top256", interval(40, 60), FEW, "✗"),
     ("toxic_neurons_not_enough", "toxic_tokens", interval(-9, 0), TOKENS, "✓"),
 ]
 
@@ -125,7 +127,7 @@ def test_marks_turn_with_the_record(tmp_path, script, condition, value, heading,
             row["percent_of_dpo"] = value
     (target / "run.json").write_text(json.dumps(record))
     found = marks(build(Records(tmp_path)), heading)
-    assert mark in found and {"✓": "✗", "✗": "✓"}[mark] not in found
+    assert [other for other in "✓✗?" if other in found] == [mark]
 
 
 @pytest.mark.parametrize("restored, mark", [(interval(-1, 2), "· no mark"), (interval(20, 40), "✓ agrees")])
