@@ -52,7 +52,7 @@ def test_the_objective_from_plain_pytorch(family, traced):
     with torch.no_grad():
         found = pplm.objective(model, probe(), cache, seen, TABLE_6)
         raw, ids = model._module, batch["input_ids"]
-        table = raw.get_input_embeddings()(torch.arange(len(model.tokenizer)))  # as the model's layers get them
+        table = raw.get_input_embeddings()(torch.arange(seen.log_probs.shape[-1]))  # as the model's layers get them
         embedded = torch.cat([table[ids], (seen.log_probs.exp() @ table)[:, None]], 1)
         streams = []
         last = raw.transformer.h[-1] if family == "gpt2" else raw.model.layers[-1]

@@ -35,7 +35,7 @@ def replaced(text: str, old: str, new: str) -> str:
 @pytest.mark.embedded
 def test_the_steps_as_written(tmp_path):
     (tmp_path / "dpo-neurons").symlink_to(ROOT)
-    shell("\n".join(blocks("1")), tmp_path)
+    shell("cd dpo-neurons\n" + "\n".join(blocks("1")), tmp_path)
     folder = tmp_path / "calmer"
     shell("\n".join(blocks("2")), folder)
     script = folder / "calmer.py"

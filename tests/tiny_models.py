@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3_text"]
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 LAYERS, WIDTH, NEURONS = 3, 32, 48
 
 
