@@ -120,6 +120,12 @@ def wilson(share: float, n: float) -> dict:
     return {"mean": share, "low": middle - half, "high": middle + half}
 
 
+def accuracy(probes: list[Record]) -> dict:
+    """Of one model's probes with several seeds: over all their held-out comments, with its Wilson interval."""
+    held_out = sum(run.rows[0]["test"] for run in probes)
+    return wilson(sum(run.rows[0]["accuracy"] * run.rows[0]["test"] for run in probes) / held_out, held_out)
+
+
 def share(count: dict) -> float:
     """The share of vectors that show a listed word."""
     return count["listed"] / count["vectors"]

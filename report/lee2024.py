@@ -8,6 +8,7 @@ from lib.metrics import profane_pattern
 from report.compare import (
     Comparison,
     Value,
+    accuracy,
     below,
     bounds,
     measured,
@@ -16,7 +17,6 @@ from report.compare import (
     published,
     share,
     spread,
-    wilson,
 )
 from report.records import Records
 
@@ -57,17 +57,17 @@ def probe(records: Records) -> Comparison:
     found = Comparison(
         "3.1: the probe",
         "A linear probe of the residual stream tells toxic comments from others (accuracy 0.94).",
-        "the 95 % interval (Wilson) of its accuracy holds 0.94",
+        "the 95 % interval (Wilson) of its accuracy, over the held-out comments of all seeds, holds 0.94",
         ["measure", "gpt2"],
     )
-    runs = records.of("train_probe")
-    found.columns += [run.model for run in runs]
+    runs = [run for of_model in records.probes().values() for run in of_model]
+    found.columns += [f"{run.model}, seed {run.data['params']['seed']}" for run in runs]
     found.lines.append(
         [plain("accuracy"), published(ACCURACY), *(measured(run.rows[0]["accuracy"], run) for run in runs)]
     )
-    for run in runs:
-        interval = wilson(run.rows[0]["accuracy"], run.rows[0]["test"])
-        found.judge(run.model, interval["low"] <= ACCURACY <= interval["high"], bounds(interval), run)
+    for model, of_model in records.probes().items():
+        interval = accuracy(of_model)
+        found.judge(model, interval["low"] <= ACCURACY <= interval["high"], bounds(interval), of_model[0])
     return found
 
 

@@ -135,3 +135,11 @@ class Records:
         for one in sorted((one for one in self.every.values() if one.data["script"] == script), key=second_choice):
             main.setdefault(one.model, one)
         return [main[model] for model in sorted(main)]
+
+    def probes(self) -> dict[str, list[Record]]:
+        """The records of `train_probe.py` as it is by default, by model, in the order of their seeds."""
+        found = {}
+        for one in self.every.values():
+            if one.data["script"] == "train_probe" and one.data["params"]["protocol"] == "sound":
+                found.setdefault(one.model, []).append(one)
+        return {model: sorted(found[model], key=lambda one: one.data["params"]["seed"]) for model in sorted(found)}

@@ -9,6 +9,7 @@ from report.compare import (
     PAPER_MODELS,
     Comparison,
     above,
+    accuracy,
     below,
     bounds,
     measured,
@@ -65,19 +66,20 @@ def probe(records: Records) -> Comparison:
     found = Comparison(
         "Tables 1, 11: the probe",
         "A linear probe of the residual stream tells toxic comments from others.",
-        "the 95 % interval (Wilson) of its accuracy overlaps the range of the paper's models",
+        "the 95 % interval (Wilson) of its accuracy, over the held-out comments of all seeds, overlaps the range of "
+        "the paper's models",
         ["measure", *PAPER_MODELS],
     )
-    runs = records.of("train_probe")
-    found.columns += [run.model for run in runs]
+    runs = [run for of_model in records.probes().values() for run in of_model]
+    found.columns += [f"{run.model}, seed {run.data['params']['seed']}" for run in runs]
     names = {"accuracy": "accuracy", "auroc": "AUROC", "auroc_without_profane_words": "AUROC without listed words"}
     for key, name in names.items():
         theirs = [paper.PROBE_ACCURACY[model] if key == "accuracy" else None for model in PAPER_MODELS]
         ours = [measured(run.rows[0].get(key), run) for run in runs]
         found.lines.append([plain(name), *map(published, theirs), *ours])
-    for run in runs:
-        interval = wilson(run.rows[0]["accuracy"], run.rows[0]["test"])
-        found.judge(run.model, overlaps(interval, list(paper.PROBE_ACCURACY.values())), bounds(interval), run)
+    for model, of_model in records.probes().items():
+        interval = accuracy(of_model)
+        found.judge(model, overlaps(interval, list(paper.PROBE_ACCURACY.values())), bounds(interval), of_model[0])
     return found
 
 
