@@ -66,7 +66,7 @@ def test_late_layers_alone(tiny, tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_biases_alone(tiny, tmp_path, family):
-    """GPT-2's and Qwen2's own; elsewhere one of each down projection, zero at the start, that our loader finds again."""
+    """GPT-2's and Qwen2's own; elsewhere one a down projection, zero at the start, that our loader finds again."""
     before, after, summary = trained(tiny, family, "biases", tmp_path / "out")
     changed = set(moved(before, after))
     if family in ("gpt2", "qwen2"):
