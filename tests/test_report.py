@@ -6,11 +6,12 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import scipy.stats
 from conftest import ROOT, run
 
 from lib.metrics import profane_pattern
 from report.__main__ import build
-from report.compare import bounds, fixed, overlaps, spread, wilson
+from report.compare import accuracy, bounds, fixed, overlaps, spread, wilson
 from report.records import Records
 from report.yang2025 import percent_cut
 
@@ -228,3 +229,13 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tmp_path / "deep" / "page.html")
     assert (tmp_path / "deep" / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_probes_of_all_seeds_are_pooled():
+    """By scipy's interval of the correct ones among all held-out comments."""
+    of_model = Records(RESULTS).probes()["gemma-270m"]
+    assert [one.data["params"]["seed"] for one in of_model] == [0, 1, 2]
+    correct = round(sum(one.rows[0]["accuracy"] * one.rows[0]["test"] for one in of_model))
+    expected = scipy.stats.binomtest(correct, 300).proportion_ci(method="wilson")
+    found = accuracy(of_model)
+    assert [found["low"], found["high"]] == pytest.approx([expected.low, expected.high], abs=1e-4)
