@@ -199,12 +199,12 @@ def report(run, record: dict) -> None:
         toxic = [vector for vector in record["anti_toxic_vectors"] if vector["toxic"]]
         console.print(
             f"Of the {len(record['anti_toxic_vectors'])} value vectors most opposed to the probe, {len(toxic)} have a "
-            "profane word among the 10 tokens nearest to their opposite:"
+            f"profane word among the 10 tokens nearest to their opposite{':' if toxic else '.'}"
         )
         for vector in toxic[:4]:
-            tokens = next(iter(vector["tokens"].values()))
-            shown = tokens if run.options["raw_text"] else map(mask, tokens)
-            console.print(f"  -{vector['neuron']} (rank {vector['rank']}): {' '.join(shown)}", markup=False)
+            for way, tokens in vector["tokens"].items():
+                shown = tokens if run.options["raw_text"] else map(mask, tokens)
+                console.print(f"  -{vector['neuron']} (rank {vector['rank']}), {way}: {' '.join(shown)}", markup=False)
 
     run.report(record, ("none", "dpo", "four_groups"), before)
 
