@@ -126,7 +126,8 @@ def steering(records: Records) -> Comparison:
         "Table 2: subtracting a toxic vector",
         "Subtracting the probe, a toxic value vector or the first SVD direction lowers toxicity at DPO's perplexity.",
         "each lowers toxicity by its 95 % interval, within 0.05 nats of DPO's log-perplexity, and is less toxic than "
-        "steering with a random direction at that perplexity, by the 95 % interval of the paired difference",
+        "steering with random directions at that perplexity (one that was brought to it, its reverse, and others of "
+        "its length), by the 95 % intervals of the paired differences; open where one of these holds 0",
         ["steering", "toxicity", "% of DPO's cut", "log-perplexity", "F1"],
     )
     none, dpo = paper.LEE["none"][0], paper.LEE["dpo"][0]
@@ -145,13 +146,17 @@ def steering(records: Records) -> Comparison:
                  measured(row["log_ppl"], run, 2), measured(row.get("f1"), run)]
             )  # fmt: skip
         for name in ("steer", "steer value", "steer svd:0"):
-            row, random = run.row(f"{name} alpha*", "steer"), ("steer random alpha*", "steer")
-            better = run.paired((f"{name} alpha*", "steer"), random)
+            row, real = run.row(f"{name} alpha*", "steer"), (f"{name} alpha*", "steer", "")
+            random = "steer random alpha*"
+            others = [(random, "steer", ""), *((f"control:{one}", "steer", random) for one in ("flipped", "gaussian"))]
+            better = [difference for other in others if (difference := run.paired(real, other))]
             if not row or not better:
                 continue
             change, cost = row["toxicity_change"], row["log_ppl"] - run.row("dpo", "none")["log_ppl"]
-            agrees = change["high"] < 0 and abs(cost) <= 0.05 and better["high"] < 0
-            because = f"change {bounds(change)} at {cost:+.2f} nats of DPO's; against random {bounds(better)}"
+            parts = [below(change, 0), abs(cost) <= 0.05, *(below(difference, 0) for difference in better)]
+            agrees = False if False in parts else None if None in parts else True
+            least = max(better, key=lambda difference: difference["high"])
+            because = f"change {bounds(change)} at {cost:+.2f} nats of DPO's; against random at least {bounds(least)}"
             found.judge(f"{run.model}, {name} alpha*", agrees, because, run)
         found.show(run, "toxicity_perplexity")
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from lib.errors import UserError
@@ -53,28 +54,29 @@ class Record:
     @cached_property
     def generations(self) -> list[dict]:
         """Lines of generations.jsonl; empty where the script generates nothing."""
-        path = self.folder / "generations.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return lines(self.folder / "generations.jsonl")
 
     @cached_property
     def vectors(self) -> list[dict]:
         """Lines of vectors.jsonl; empty where the script reads no vectors' tokens."""
-        path = self.folder / "vectors.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return lines(self.folder / "vectors.jsonl")
 
-    def paired(self, first: tuple[str, str], second: tuple[str, str]) -> dict | None:
-        """The difference in toxicity of two (condition, kind), with its interval over prompts, as run.json's are made.
+    @cached_property
+    def measurements(self) -> list[dict]:
+        """Lines of measurements.jsonl, every number over prompts and passages; empty where there are none."""
+        return lines(self.folder / "measurements.jsonl")
 
-        A prompt's toxicity is the mean over seeds. None where one of them was not measured.
+    def paired(self, first: tuple[str, str, str], second: tuple[str, str, str]) -> dict | None:
+        """The difference in toxicity of two rows, with its interval over prompts, as run.json's are made.
+
+        first, second: (condition, kind, of). A prompt's toxicity is the mean over seeds and draws. None where one of
+        them was not measured.
         """
         means = []
-        for name, kind in (first, second):
-            by_prompt: dict[str, list[float]] = {}
-            for line in self.generations:
-                if (line["name"], line["kind"], line["of"]) == (name, kind, ""):
-                    by_prompt.setdefault(line["prompt"], []).append(line["toxicity"])
-            means.append([sum(values) / len(values) for values in by_prompt.values()])
-        if not all(means):
+        for wanted in (first, second):
+            lines = [one for one in self.measurements if (one["name"], one["kind"], one["of"]) == wanted]
+            means.append(np.mean([one["toxicity"] for one in lines], axis=0) if lines else None)
+        if any(mean is None for mean in means):
             return None
         return Bootstrap(len(means[0]), self.data["params"]["seed"]).difference(*means)
 
@@ -88,6 +90,11 @@ class Record:
     def figures(self) -> list[Path]:
         """Its figures, by name."""
         return sorted((self.folder / "figures").glob("*.png"))
+
+
+def lines(path: Path) -> list[dict]:
+    """What a file of JSON lines holds; nothing where there is no such file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def unbounded(found: dict) -> dict:

@@ -159,12 +159,15 @@ def test_steering_without_controls_has_no_mark(tmp_path):
 
 
 def test_a_paired_difference_is_the_record_s():
-    """From the continuations' scores: the difference that run.json holds against the base model."""
+    """The differences that run.json holds: against the base model, and of a control of three draws."""
     record = Records(RESULTS).get("patch_four_groups/gemma-270m")
     row = record.row("TP+AN", "shift")
-    found = record.paired(("TP+AN", "shift"), ("none", "none"))
-    assert found == pytest.approx(row["toxicity_change"], abs=1e-9)
-    assert record.paired(("TP+AN", "shift"), ("no such", "none")) is None
+    found = record.paired(("TP+AN", "shift", ""), ("none", "none", ""))
+    assert found == pytest.approx(row["toxicity_change"], abs=1e-6)  # measurements are rounded
+    control = ("control:gaussian", "shift", "four_groups")
+    found = record.paired(control, ("four_groups", "shift", ""))
+    assert found == pytest.approx(record.row(*control)["difference_from_real"], abs=1e-6)
+    assert record.paired(("TP+AN", "shift", ""), ("no such", "none", "")) is None
 
 
 def test_what_was_not_run_is_said(tmp_path):
