@@ -143,6 +143,19 @@ class Records:
             main.setdefault(one.model, one)
         return [main[model] for model in sorted(main)]
 
+    def row(self, run: Record, condition: str, kind: str) -> tuple[Record, dict | None]:
+        """A row of a run, or of another with the same settings but for sets and controls; and which run's it is."""
+
+        def settings(one: Record) -> dict:
+            own = one.provenance.get("settings", {})
+            return {key: value for key, value in own.items() if key not in ("sets", "controls")}
+
+        alike = [one for one in self.every.values() if one.data["script"] == run.data["script"]]
+        for one in [run, *(one for one in alike if settings(one) == settings(run))]:
+            if row := one.row(condition, kind):
+                return one, row
+        return run, None
+
     def probes(self) -> dict[str, list[Record]]:
         """The records of `train_probe.py` as it is by default, by model, in the order of their seeds."""
         found = {}

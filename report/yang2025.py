@@ -109,9 +109,11 @@ def patching(records: Records) -> Iterator[Comparison]:
         for condition in conditions:
             ours = []
             for run, kind, _ in columns:
-                row = run.row(condition, "none" if condition in ("none", "dpo") else kind)
+                source, row = records.row(run, condition, "none" if condition in ("none", "dpo") else kind)
                 value = row.get(key) if row else None
-                ours.append(measured(None if key == "percent_of_dpo" and condition == "none" else value, run, digits))
+                ours.append(
+                    measured(None if key == "percent_of_dpo" and condition == "none" else value, source, digits)
+                )
             given = [published(theirs(condition, model), digits) for model in PAPER_MODELS]
             found.lines.append([plain(condition), *given, *ours])
         judge_patching(found, key, columns)
@@ -119,7 +121,7 @@ def patching(records: Records) -> Iterator[Comparison]:
             if key == "toxicity" and kind == "clamp":
                 found.show(run, "toxicity_perplexity")
         yield found
-    yield from single_claims(columns)
+    yield from single_claims(records, columns)
     yield controls(records)
 
 
@@ -177,7 +179,7 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
             found.judge(label, below(change, 0.25), bounds(change, 2), run)
 
 
-def single_claims(columns: list) -> Iterator[Comparison]:
+def single_claims(records: Records, columns: list) -> Iterator[Comparison]:
     """What the tables 2 and 19 say of two more rows."""
     few = Comparison("Tables 2, 3: the 256 best aligned neurons", "They make a small part of DPO's cut.", SMALL)
     more = Comparison(
@@ -186,12 +188,14 @@ def single_claims(columns: list) -> Iterator[Comparison]:
         "the change of toxicity lies above 0 by its 95 % interval; open where that holds 0",
     )
     for run, kind, label in columns:
-        if row := run.row("top256", kind):
+        source, row = records.row(run, "top256", kind)
+        if row:
             found, theirs = row["percent_of_dpo"], [percent_cut("top256", model) for model in PAPER_MODELS]
             because = f"{bounds(found, 0)} (published {spread(theirs, 0)})"
-            few.judge(label, below(found, max(theirs)), because, run)
-        if row := run.row("increasing", kind):
-            more.judge(label, above(row["toxicity_change"], 0), bounds(row["toxicity_change"]), run)
+            few.judge(label, below(found, max(theirs)), because, source)
+        source, row = records.row(run, "increasing", kind)
+        if row:
+            more.judge(label, above(row["toxicity_change"], 0), bounds(row["toxicity_change"]), source)
     yield few
     yield more
 

@@ -170,6 +170,22 @@ def test_a_paired_difference_is_the_record_s():
     assert record.paired(("TP+AN", "shift", ""), ("no such", "none", "")) is None
 
 
+def test_rows_of_a_run_with_other_sets(tmp_path):
+    """Sets that another run measured under the same settings stand in the same column; under others they do not."""
+    target = tmp_path / "patch_four_groups"
+    for name in ("smollm2", "smollm2_sets"):
+        shutil.copytree(RESULTS / "patch_four_groups" / name, target / name)
+    records = Records(tmp_path)
+    main, sets = (records.get(f"patch_four_groups/{name}") for name in ("smollm2", "smollm2_sets"))
+    assert records.row(main, "four_groups", "shift") == (main, main.row("four_groups", "shift"))
+    assert records.row(main, "TP", "shift") == (sets, sets.row("TP", "shift"))
+    other = json.loads((target / "smollm2_sets" / "run.json").read_text())
+    other["provenance"]["settings"]["n_prompts"] = 255
+    (target / "smollm2_sets" / "run.json").write_text(json.dumps(other))
+    records = Records(tmp_path)
+    assert records.row(records.get("patch_four_groups/smollm2"), "TP", "shift")[1] is None
+
+
 def test_what_was_not_run_is_said(tmp_path):
     shutil.copytree(RESULTS / "train_probe", tmp_path / "train_probe")
     page = build(Records(tmp_path))
