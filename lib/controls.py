@@ -11,6 +11,8 @@
 | `zero` | everything but the change (strength 0; shift and scale, where it is the unedited model) | the change |
 | `gaussian` | the whole procedure | the probe: a random direction instead |
 | `permuted_labels` | the whole procedure | the probe's labels: fitted on shuffled ones |
+
+`matched` draws from outside the set while they last: of a set that holds half of all neurons it is nearly the other half.
 """
 
 from collections.abc import Callable, Iterator
