@@ -12,7 +12,7 @@
 | `gaussian` | the whole procedure | the probe: a random direction instead |
 | `permuted_labels` | the whole procedure | the probe's labels: fitted on shuffled ones |
 
-`matched` draws from outside the set while they last: of a set that holds half of all neurons it is nearly the other half.
+`matched` draws from outside the set while they last: of a set that holds half of all neurons, nearly the other half.
 """
 
 from collections.abc import Callable, Iterator
