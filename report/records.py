@@ -74,8 +74,8 @@ class Record:
         """
         means = []
         for wanted in (first, second):
-            lines = [one for one in self.measurements if (one["name"], one["kind"], one["of"]) == wanted]
-            means.append(np.mean([one["toxicity"] for one in lines], axis=0) if lines else None)
+            measured = [one for one in self.measurements if (one["name"], one["kind"], one["of"]) == wanted]
+            means.append(np.mean([one["toxicity"] for one in measured], axis=0) if measured else None)
         if any(mean is None for mean in means):
             return None
         return Bootstrap(len(means[0]), self.data["params"]["seed"]).difference(*means)
