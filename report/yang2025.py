@@ -206,8 +206,8 @@ def controls(records: Records) -> Comparison:
         "Controls of the four groups (not in the paper)",
         "The four groups' shift does more than the same shift of as many random or matched neurons, permuted shifts, "
         "or groups by another direction.",
-        "toxicity under every one of these controls, its draws averaged, is higher than under the real edit, by the 95 % "
-        "interval of the paired difference over prompts",
+        "toxicity under every one of these controls (draws averaged) is higher than under the real edit, by the "
+        "95 % interval of the paired difference over prompts",
         ["model and control", "toxicity", "% of DPO's cut", "log-perplexity", "toxicity above the real edit's"],
     )
     asked = ("random", "random_in_layer", "matched", "permuted", "gaussian", "permuted_labels")
