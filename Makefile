@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report results docs test test-report test-ndif bench lint clean
+.PHONY: demo report results docs test test-gpu test-report test-ndif bench lint clean
 
 demo: .venv/made
 	$(BIN)/python experiments/patch_four_groups.py --out runs/demo --overwrite
@@ -22,6 +22,11 @@ docs: .venv/made
 
 test: .venv/made
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The first thing to run on a machine with a CUDA GPU: about ten minutes; writes results/gpu/. Skips where there is none.
+test-gpu: .venv/made
+	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,report,bench]"
+	$(BIN)/python tests/gpu/run.py
 
 # Needs Chromium and its driver (Debian: chromium, chromium-driver).
 test-report: .venv/made

@@ -26,7 +26,8 @@ from lib.embedded import EMBEDDED
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="auto: float32 on every device, as the papers train.",
+    help="What is computed in; auto: float32, as the papers train. With bfloat16 the weights that are trained stay "
+    "float32: a step is smaller than bfloat16 can hold.",
 )
 @options("pairs")
 @click.option(
@@ -70,9 +71,10 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
 
     if out:
         artifacts.refuse_existing(Path(out), overwrite)
-    pick_device(device)
+    device = pick_device(device)
     if changes["trainable"]:
         changes["trainable"] = read(changes["trainable"])
+    changes["dtype"] = "float32" if dtype == "auto" else dtype
     config = make_config(preset or default_preset(model), model, **changes)
     loaded = data.pairs(pairs)
     source = resolve(model, revision)
@@ -80,7 +82,7 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
         "model": source.revision,
         "pairs": loaded.sha256,
         "config": dataclasses.asdict(config),
-        "dtype": dtype,
+        "device": device,
         "code": artifacts.code_version(*sorted(map(str, Path(__file__).parent.glob("*.py")))),
     }
 
@@ -91,15 +93,15 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
 
     from dpo import sharding
 
-    place = sharding.begin(pick_device(device))
+    place = sharding.begin(device)
 
     def build(folder: Path) -> None:
-        run(source, loaded, config, place, dtype, sharding.said_by_first(folder))
+        run(source, loaded, config, place, sharding.said_by_first(folder))
 
     try:
         if sharding.rank():  # process 0 opens the folder, unless the checkpoint is there already
             if folder := sharding.said_by_first(None):
-                run(source, loaded, config, place, dtype, folder)
+                run(source, loaded, config, place, folder)
         elif out:
             with artifacts.output(Path(out), fields, overwrite) as folder:
                 build(folder)
@@ -116,11 +118,11 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
 
 def plan(source, loaded, config, device: str) -> str:
     """What training would take: an estimate from the pairs' tokens and this machine's rates."""
+    import torch
     from transformers import AutoTokenizer
 
     from dpo.data import split, tokenize
     from lib import rehearsal
-    from lib.models import pick_device
 
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     pairs = tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos)
@@ -133,7 +135,7 @@ def plan(source, loaded, config, device: str) -> str:
     # Forward, again by layers in the backward pass, and backward twice as much; the reference's pass over all once.
     passes = [(4 * tokens * of_update, 3 * answers * of_update)] * updates
     passes += [(tokens * of_update, answers * of_update)] * (len(pairs) // of_update)
-    seconds = rehearsal.seconds(passes, body, head, 4, pick_device(device))
+    seconds = rehearsal.seconds(passes, body, head, getattr(torch, config.dtype).itemsize, device)
     kept = 4 if config.trainable == "all" else 1  # weights, gradients, the optimizer's averages and their roots
     logits = 12 * config.batch_size * answers * len(tokenizer)
     memory = 4 * kept * (body + head) + logits + rehearsal.RUNTIME
@@ -148,7 +150,7 @@ def plan(source, loaded, config, device: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
+def run(source, loaded, config, device: str, folder: Path) -> None:
     """Load the model and train into `folder`, showing the progress."""
     import torch
     from rich.console import Console
@@ -163,15 +165,16 @@ def run(source, loaded, config, device: str, dtype: str, folder: Path) -> None:
     from lib.results import versions
 
     logging.disable_progress_bar()  # of single weights
-    dtype = "float32" if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).to(device)
+    # PEFT trains adapters in float32 whatever the frozen weights are in.
+    held = config.dtype if config.trainable.startswith("lora") else "float32"
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, held)).to(device)
     complete(model, source)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     about = {
         "model": source.name,
         "model_revision": source.revision,
         "pairs": loaded.provenance,
-        "dtype": dtype,
+        "dtype": config.dtype,
         "device": device,
         "versions": versions(),
     }

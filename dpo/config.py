@@ -29,6 +29,7 @@ class Config:
     patience: int = 10  # validations without a better loss before training stops
     save_every: int = 25  # updates between states that a killed run goes on from
     seed: int = 0
+    dtype: str = "float32"  # that is computed in: bfloat16 by autocast, the trained weights stay float32
 
     def updates(self, n_pairs: int) -> int:
         """Updates that training on `n_pairs` pairs makes."""

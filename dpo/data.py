@@ -106,17 +106,20 @@ def collate(pairs: list[TokenPair]) -> Batch:
     return Batch(ids, attention, positions, ids[:, width:].clone(), attention[:, width:].clone())
 
 
-def response_logits(model, batch: Batch, embedded: torch.Tensor | None = None) -> torch.Tensor:
+def response_logits(model, batch: Batch, dtype: str = "float32", embedded: torch.Tensor | None = None) -> torch.Tensor:
     """Logits that predict the responses, `[rows, response, vocab]`; the vocabulary is projected there alone.
 
-    `embedded`: the batch's input embeddings `[rows, positions, d_model]` where the caller wants their gradient.
+    Args:
+        dtype: `bfloat16`: matrix products are computed in it, by autocast; else in the weights' own.
+        embedded: the batch's input embeddings `[rows, positions, d_model]` where the caller wants their gradient.
     """
     length = batch.targets.shape[1]
-    output = model(
-        **({"input_ids": batch.ids} if embedded is None else {"inputs_embeds": embedded}),
-        attention_mask=batch.attention.long(),
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=length + 1,
-    )
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        output = model(
+            **({"input_ids": batch.ids} if embedded is None else {"inputs_embeds": embedded}),
+            attention_mask=batch.attention.long(),
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=length + 1,
+        )
     return output.logits[:, :-1]

@@ -43,6 +43,8 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
     torch.manual_seed(config.seed)
     model, masks = choose(model, config.trainable)
     prepare(model)
+    if narrow := {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}:
+        raise UserError(f"training of {narrow} weights would round most steps away; load them in float32.")
     entries = trained_entries(model, masks)
     device = next(model.parameters()).device
     tokens = tokenize(tokenizer, pairs, config.max_prompt, config.max_response, config.append_eos)
@@ -64,10 +66,8 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         # The reference model is the policy before its first update: its log-probabilities are computed now, once,
         # for the pairs that will be seen, and no second model is kept.
         seen = sorted({index for update in updates for index in update})
-        train_reference = dict(
-            zip(seen, _log_probs(model, [train_pairs[i] for i in seen], config.batch_size), strict=True)
-        )
-        valid_reference = dict(enumerate(_log_probs(model, valid_pairs, config.batch_size)))
+        train_reference = dict(zip(seen, _log_probs(model, [train_pairs[i] for i in seen], config), strict=True))
+        valid_reference = dict(enumerate(_log_probs(model, valid_pairs, config)))
 
     optimizer = _optimizer(model, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,14 +208,14 @@ def objective(
         if world() == 1:
             embedded = model.get_input_embeddings()(batch.ids)
             leaf = embedded.detach().requires_grad_(embedded.requires_grad)
-        logits = response_logits(model, batch, leaf)
+        logits = response_logits(model, batch, config.dtype, leaf)
         policy = response_log_probs(logits, batch.targets, batch.mask).chunk(2)
         kl = torch.zeros((), device=device)
         if reference is None:
             known = torch.tensor([log_probs[i] for i in indices], device=device).T
         else:
             with torch.no_grad():
-                reference_logits = response_logits(reference, batch)
+                reference_logits = response_logits(reference, batch, config.dtype)
                 known = response_log_probs(reference_logits, batch.targets, batch.mask).chunk(2)
             for side, mask in enumerate(batch.mask.chunk(2)):
                 part = slice(side * len(indices), (side + 1) * len(indices))
@@ -235,15 +235,15 @@ def objective(
     return totals if own is None else summed(totals)
 
 
-def _log_probs(model, pairs: list[TokenPair], batch_size: int) -> list[tuple[float, float]]:
+def _log_probs(model, pairs: list[TokenPair], config: Config) -> list[tuple[float, float]]:
     """Summed log-probabilities of both responses of each pair."""
     device = next(model.parameters()).device
     filled = pairs + pairs[-1:] * (-len(pairs) % world())  # every process takes as many
     mine, found = filled[rank() :: world()], []
     with torch.no_grad():
-        for at in range(0, len(mine), batch_size):
-            batch = collate(mine[at : at + batch_size]).to(device)
-            both = response_log_probs(response_logits(model, batch), batch.targets, batch.mask)
+        for at in range(0, len(mine), config.batch_size):
+            batch = collate(mine[at : at + config.batch_size]).to(device)
+            both = response_log_probs(response_logits(model, batch, config.dtype), batch.targets, batch.mask)
             found += zip(*(side.tolist() for side in both.chunk(2)), strict=True)
     return shared(found)[: len(pairs)]
 

@@ -77,19 +77,23 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     source, server = chain.base_source(options), remote.connect(options)
     if hosted:
         remote.report(server, MODELS.get(name, name))
-    settings = {"model": source.revision, "prompts": texts.sha256, "method": method}
+    device, dtype = "cpu", options["dtype"]
+    if not hosted:
+        device = pick_device(options["device"])
+        dtype = pick_dtype(dtype, device, [source])
+    settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "device": device, "dtype": dtype}
     settings |= {"scored_by": metrics.identity(scored_by), "seed": seed, "batch_size": batch_size}
-    settings |= {name: options[name] for name in ("dtype", "device", "limit")}
+    settings |= {"limit": options["limit"]}
     if method == "pplm":
         pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
-        probe_file = chain.probe_file(options, seed, SOUND)
+        probe_file = chain.probe_file({**options, "dtype": dtype}, seed, SOUND)
         settings |= vars(pplm) | {"probe": artifacts.file_sha256(probe_file)}
-        network = load(source, options["device"], options["dtype"], hosted)
+        network = load(source, device, dtype, hosted)
         probe = probes.load_probe(probe_file, network._module.config.hidden_size)
         make = partial(greedy_and_toxic, network, probe, pplm, seed, remote=server)
     else:
         settings["samples"], batch_size = samples, max(1, batch_size // samples)
-        network = load(source, options["device"], options["dtype"], hosted)
+        network = load(source, device, dtype, hosted)
         make = partial(least_and_most_toxic, network, samples, toxicity, seed, remote=server)
 
     unfinished = Path(f"{out}.partial")

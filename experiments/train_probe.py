@@ -29,7 +29,7 @@ SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
 @options("overwrite", *REMOTE, "dry-run")
 def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite, **options):
     from lib import artifacts, chain, data, remote
-    from lib.models import MODELS, pick_device, resolve
+    from lib.models import MODELS, pick_device, pick_dtype, resolve
 
     hosted = options["remote"] == "ndif"
     device = "cpu" if hosted else pick_device(device)
@@ -37,12 +37,15 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
     source, server = resolve(model, revision, weights=not hosted), remote.connect(options)
     if hosted:
         remote.report(server, MODELS.get(model, model))
+    else:
+        dtype = pick_dtype(dtype, device, [source])
     library = Path(artifacts.__file__).parent
     settings = {
         "model": source.revision,
         "comments": loaded.sha256,
         "protocol": protocol,
         "seed": seed,
+        "device": device,
         "dtype": dtype,
         "remote": server.host if hosted else server,
         "code": artifacts.code_version(__file__, library / "probes.py"),

@@ -78,7 +78,7 @@ OPTIONS = {
         type=click.Choice(["auto", "float32", "bfloat16"]),
         default="auto",
         show_default=True,
-        help="auto: bfloat16 on CUDA, float32 elsewhere.",
+        help="auto: float32, but bfloat16 on CUDA where all files hold that or float32 does not fit.",
     ),
     "seed": click.option("--seed", type=int, default=0, show_default=True),
     "seeds": click.option(

@@ -95,6 +95,7 @@ class Experiment:
     source: models.Source
     base: Any  # nnsight model
     device: str
+    dtype: str
     batch_size: int
     prompts: Dataset  # that effects are measured on
     mean_prompts: dict[str, Dataset]  # `same`, and `held_out` with --holdout
@@ -136,7 +137,7 @@ class Experiment:
 
     def like_base(self, source: models.Source):
         """A model that was trained from the base model; see `lib.models.load_like`."""
-        return models.load_like(self.base, source, self.device, self.options["dtype"], bool(self.remote))
+        return models.load_like(self.base, source, self.device, self.dtype, bool(self.remote))
 
     def cosines(self, direction: Probe) -> torch.Tensor:
         """Cosine of each of the base model's value vectors with a direction, as the protocol sees them.
@@ -218,7 +219,7 @@ class Experiment:
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(self.texts)).encode()).hexdigest(),
             "protocol": dataclasses.asdict(self.protocol),
             "scorer": metrics.identity(self.options["scorer"]),
-            "dtype": self.options["dtype"],
+            "dtype": self.dtype,
             "remote": self.remote.host if self.hosted else self.remote or None,
             "device": self.device,
             "batch_size": self.batch_size,
@@ -477,14 +478,15 @@ def begin(
     device = "cpu" if hosted else models.pick_device(options["device"])
     toxicity = metrics.scorer(options["scorer"])
     second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
-    made = {
-        seed: (
-            chain.probe_file(options, seed, protocol) if "probe" in needs else None,
-            chain.post_source(options, seed) if "post" in needs else None,
-        )
+    posts = {seed: chain.post_source(options, seed) if "post" in needs else None for seed in seeds}
+    compared = [source, *filter(None, [posts[seeds[0]]])]
+    dtype = options["dtype"] if hosted else models.pick_dtype(options["dtype"], device, compared)
+    probe_files = {
+        seed: chain.probe_file({**options, "dtype": dtype}, seed, protocol) if "probe" in needs else None
         for seed in seeds
     }
-    base = models.load(source, device, options["dtype"], hosted)
+    made = {seed: (probe_files[seed], posts[seed]) for seed in seeds}
+    base = models.load(source, device, dtype, hosted)
     batch_size = options["batch_size"]
     if batch_size == "auto" and hosted:
         batch_size = HOSTED_BATCH
@@ -494,15 +496,15 @@ def begin(
     for file in {file for file, _ in made.values() if file}:  # what is wrong with it is told now
         probes.load_probe(file, base._module.config.hidden_size)
     first = made[seeds[0]][1]
-    first_post = models.load_like(base, first, device, options["dtype"], bool(server)) if first else None
+    first_post = models.load_like(base, first, device, dtype, bool(server)) if first else None
     given_means = chain.given_means(options, base) if "post" in needs else None
     scorers = {name: options[name] and metrics.identity(options[name]) for name in ("scorer", "second_scorer")}
-    settings = chain.settings({**options, **scorers}, source, made, prompts, passages, device)
+    settings = chain.settings({**options, **scorers, "dtype": dtype}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         if "rehearsal" not in options:
             _stderr().print(f"Output: {out}   (until it is finished: {work.name})", soft_wrap=True, markup=False)
         yield Experiment(
-            script, options, protocol, seeds, source, base, device, batch_size, prompts, mean_prompts, passages, texts,
+            script, options, protocol, seeds, source, base, device, dtype, batch_size, prompts, mean_prompts, passages, texts,
             toxicity, second, made, work, out, settings, started, first_post, server, given_means,
         )  # fmt: skip
 

@@ -6,15 +6,19 @@ GPT-2, `mlp.down_proj` elsewhere), and its value vector is that map's row (Geva 
 
 import hashlib
 import json
+import math
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from lib.artifacts import file_sha256
 from lib.embedded import EMBEDDED, unpack
 from lib.errors import UserError
 
+ROOM = 1.2  # times the weights: what a batch takes beside them
 MODELS = {
     "gpt2": "openai-community/gpt2-medium",
     "llama": "meta-llama/Llama-3.1-8B",
@@ -144,17 +148,56 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str):
-    """`auto` is bfloat16 on CUDA and float32 elsewhere. Returns a torch.dtype."""
+def pick_dtype(dtype: str, device: str, compared: list[Source], trained: bool = False) -> str:
+    """What `auto` stands for: `float32` or `bfloat16`. Any other value is returned as it is.
+
+    What is compared is loaded in the dtype that one of them was trained in: rounded to bfloat16, most of what DPO
+    changed is lost. So `auto` is bfloat16 only on CUDA, where all files hold bfloat16, or where float32 does not fit.
+
+    Args:
+        device: what `pick_device` returned.
+        compared: all models that are in memory at once; those without weights here take none.
+        trained: whether `python -m dpo` trains one of them, in float32.
+    """
+    if dtype != "auto" or device != "cuda":
+        return "float32" if dtype == "auto" else dtype
     import torch
 
-    return getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype)
+    stored = [stored_entries(Path(source.path)) for source in compared if source.path]
+    trained = trained or any(source.adapter for source in compared)  # what an adapter adds is no bfloat16 number
+    if not trained and stored and all(entries.keys() == {"BF16"} for entries in stored):
+        return "bfloat16"
+    needed = 4 * ROOM * sum(sum(entries.values()) for entries in stored)
+    free = torch.cuda.mem_get_info()[0]
+    if needed <= free:
+        return "float32"
+    click.echo(
+        f"--dtype auto: {len(stored)} models in float32 take {needed / 1e9:.0f} GB, the GPU has {free / 1e9:.0f} GB "
+        "free: bfloat16 (--dtype float32 on a larger GPU keeps all of what DPO changed).",
+        err=True,
+    )
+    return "bfloat16"
+
+
+def stored_entries(folder: Path) -> dict[str, int]:
+    """How many numbers a folder's safetensors hold in each dtype (`F32`, `BF16`, ...), from their headers alone."""
+    from safetensors import safe_open
+
+    entries: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                entries[part.get_dtype()] = entries.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+    return entries
 
 
 def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool = False):
     """Load a model with its weights, ready for `model.trace` and `model.generate`; its tokenizer pads on the left.
 
-    hosted: without its weights, for traces on NDIF.
+    Args:
+        device, dtype: where the weights are, and what they are; `auto` by `pick_device` and `pick_dtype`.
+        hosted: without its weights, for traces on NDIF.
 
     Raises:
         UserError: files missing, gated, truncated, or weights that are not finite.
@@ -166,13 +209,16 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
     logging.disable_progress_bar()  # of single weights: the scripts show their own steps
     if hosted:
         return _load_hosted(source)
+    import torch
+
     device = pick_device(device)
+    dtype = pick_dtype(dtype, device, [source])
     try:
         model = TransformersModel(
             source.path,
             task="text-generation",
             device_map=device,
-            dtype=pick_dtype(dtype, device),
+            dtype=getattr(torch, dtype),
             dispatch=True,
         )
     except (SafetensorError, OSError, ValueError) as error:

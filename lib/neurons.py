@@ -155,6 +155,7 @@ def cached_means(
         "model": source.revision,
         "means_over": protocol.means_over,
         "seed": seed if released else None,
+        "device": model.device.type,
         "dtype": str(model.dtype),
         "prompts": prompts.sha256,
         "n_prompts": len(prompts.items),
@@ -179,7 +180,7 @@ def cached_means(
 
 
 def value_projections(model, unit: torch.Tensor, through_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each value vector's product with a unit direction, and its cosine, `[n_layers, d_mlp]` float64 each.
+    """Each value vector's product with a unit direction, and its cosine, `[n_layers, d_mlp]` float64 on the CPU each.
 
     Args:
         model: torch or nnsight.
@@ -197,8 +198,8 @@ def value_projections(model, unit: torch.Tensor, through_norm: bool) -> tuple[to
         if through_norm:
             vectors = vectors * write_gain(model, layer).to(vectors)
         product = vectors @ unit.to(vectors)
-        projections.append(product)
-        cosines.append(product / vectors.norm(dim=-1).clamp(min=1e-30))
+        projections.append(product.cpu())
+        cosines.append((product / vectors.norm(dim=-1).clamp(min=1e-30)).cpu())
     return torch.stack(projections), torch.stack(cosines)
 
 

@@ -160,7 +160,8 @@ def tell(one: Rehearsal, short: str | None) -> None:
     options, passes = one.options, one.passes.every
     body, head = sizes(one.real.path)
     device = models.pick_device(options["device"])
-    width = models.pick_dtype(options["dtype"], device).itemsize
+    dtype = models.pick_dtype(options["dtype"], device, [one.real] * one.models, trained=one.models > 1)
+    width = getattr(torch, dtype).itemsize
     where = "on NDIF" if options.get("remote") == "ndif" else f"on this machine's {device}"
     most = max((tokens for _, tokens in passes), default=0)
     logits = most * one.config.vocab_size * (width + 8)  # as the head writes them, in float32, and their logarithms

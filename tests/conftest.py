@@ -21,6 +21,7 @@ from tiny_models import (  # noqa: F401  tests take them from here
 )  # fmt: skip
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # where `traced` models are: `make test-gpu` says cuda
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the scripts: five times as fast beside another worker
 
 
@@ -58,7 +59,7 @@ def traced(tiny):
 
     def model(family: str, seed: int = 0):
         if (family, seed) not in made:
-            made[family, seed] = load(resolve(str(tiny(family, seed))), "cpu")
+            made[family, seed] = load(resolve(str(tiny(family, seed))), DEVICE, "float32")
         return made[family, seed]
 
     return model

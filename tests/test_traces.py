@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
+from conftest import DEVICE, FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
 
 from lib import interventions, neurons, probes
 from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
@@ -33,7 +33,7 @@ def raw(family, tiny):
     """The same weights without nnsight."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny(family)).eval().to(DEVICE)
 
 
 def modules(raw, family):
@@ -76,11 +76,11 @@ def example_edit(kind: str):
         def change(layer, activations):
             part, edited = activations[:, where], mask[layer]
             if kind == "clamp":
-                part[..., edited] = post[layer, edited].float()
+                part[..., edited] = post[layer, edited].to(part)
             elif kind == "shift":
-                part[..., edited] += (post - pre)[layer, edited].float()
+                part[..., edited] += (post - pre)[layer, edited].to(part)
             else:
-                part[..., edited] *= post[layer, edited].float()
+                part[..., edited] *= post[layer, edited].to(part)
 
         return change
 
@@ -88,7 +88,7 @@ def example_edit(kind: str):
 
 
 def left_batch(model):
-    (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
+    (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS), DEVICE)
     return batch
 
 
@@ -103,7 +103,7 @@ def raw_nll(raw, batch):
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     return torch.stack(
         [-log_probs[row, :-1].gather(-1, ids[row, 1:, None])[:, 0][real[row, 1:]].sum() for row in range(len(ids))]
-    )
+    ).cpu()
 
 
 @pytest.mark.parametrize("where", [LAST, ALL], ids=["last", "all"])
@@ -123,7 +123,7 @@ def test_edited_generation_equals_raw_hooks(family, traced, raw, kind, where):
 def test_edited_likelihood_equals_raw_hooks(family, traced, raw, kind, where):
     model = traced(family)
     edit, change_at = example_edit(kind)
-    (batch,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:5], 40, 20), 5)
+    (batch,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:5], 40, 20), 5, DEVICE)
     with hooked(raw, family, change_at(where)):
         expected = raw_nll(raw, batch)
     found = script.negative_log_likelihood(model, batch, edit, where)
@@ -166,7 +166,7 @@ def test_an_edit_reaches_every_step(family, traced, raw):
         handle.remove()
     assert len(seen) == NEW_TOKENS
     for step in seen:
-        torch.testing.assert_close(step, expected.value.expand_as(step))
+        torch.testing.assert_close(step.cpu(), expected.value.expand_as(step))
 
 
 def test_rows_do_not_depend_on_their_batch(family, traced):
@@ -175,7 +175,7 @@ def test_rows_do_not_depend_on_their_batch(family, traced):
     edit, _ = example_edit("shift")
     together = script.generate(model, left_batch(model), edit, ALL)
     for row, prompt in enumerate(PROMPTS):
-        (batch,) = batches(model.tokenizer, [prompt], 1)
+        (batch,) = batches(model.tokenizer, [prompt], 1, DEVICE)
         assert torch.equal(script.generate(model, batch, edit, ALL)[0], together[row])
 
 
@@ -190,11 +190,11 @@ def test_mean_activations_equal_raw_hooks(family, traced, raw):
     total = torch.zeros(LAYERS, NEURONS, dtype=torch.float64)
     count = 0
     for prompt in PROMPTS:
-        (batch,) = batches(model.tokenizer, [prompt], 1)
+        (batch,) = batches(model.tokenizer, [prompt], 1, DEVICE)
         ids = raw_generate(raw, batch)[0].tolist()
         kept = ids.index(1) + 1 if ends & set(ids) else len(ids)
         steps = {layer: [] for layer in range(LAYERS)}
-        with hooked(raw, family, lambda layer, m, steps=steps: steps[layer].append(m[0, -1].double())):
+        with hooked(raw, family, lambda layer, m, steps=steps: steps[layer].append(m[0, -1].double().cpu())):
             raw_generate(raw, batch)
         for layer in range(LAYERS):
             total[layer] += torch.stack(steps[layer][:kept]).sum(0)
@@ -205,7 +205,7 @@ def test_mean_activations_equal_raw_hooks(family, traced, raw):
 def test_steps_after_the_end_of_text_do_not_count(traced):
     """The end token is made the most frequent greedy choice, so that some rows end early."""
     model = traced("llama")
-    (batch,) = batches(model.tokenizer, PROMPTS, 4)
+    (batch,) = batches(model.tokenizer, PROMPTS, 4, DEVICE)
     ids = script.generate(model, batch, interventions.NO_EDIT, ALL)
     before = model._module.generation_config.eos_token_id
     model._module.generation_config.eos_token_id = int(ids[0, 3])
@@ -226,17 +226,19 @@ def test_writes_add_up_to_what_the_residual_stream_gets(family, traced, raw):
     handles = []
     for at, layer in enumerate(reach(raw, kind.layers)):
         module = reach(layer, kind.post_norm) if kind.post_norm else layer.mlp
-        handles.append(module.register_forward_hook(lambda m, a, out, at=at: added[at].append(out[0, -1].double())))
+        handles.append(
+            module.register_forward_hook(lambda m, a, out, at=at: added[at].append(out[0, -1].double().cpu()))
+        )
     for prompt in PROMPTS:
-        (batch,) = batches(model.tokenizer, [prompt], 1)
+        (batch,) = batches(model.tokenizer, [prompt], 1, DEVICE)
         raw_generate(raw, batch)
     for handle in handles:
         handle.remove()
     means = last_means(model)
     for layer in range(LAYERS):
-        written = means.write[layer] @ (value_vectors(raw, layer).double() * write_gain(raw, layer).double())
+        written = means.write[layer] @ (value_vectors(raw, layer).double() * write_gain(raw, layer).double()).cpu()
         if family == "gpt2":
-            written = written + reach(raw, kind.layers)[layer].mlp.c_proj.bias.double()
+            written = written + reach(raw, kind.layers)[layer].mlp.c_proj.bias.double().cpu()
         torch.testing.assert_close(written, torch.stack(added[layer]).mean(0), rtol=1e-4, atol=1e-4)
 
 
@@ -244,7 +246,7 @@ def test_value_projections(family, traced, raw):
     probe = Probe(torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)), 0.0)
     unit = probe.direction.double() / probe.direction.double().norm()
     module = modules(raw, family)[2]
-    weight = module.weight.detach().double()
+    weight = module.weight.detach().double().cpu()
     row = weight[7] if family == "gpt2" else weight[:, 7]
     projection, cosine = neurons.value_projections(traced(family)._module, probe.unit, through_norm=False)
     assert projection[2, 7].item() == pytest.approx(float(row @ unit), rel=1e-6)
@@ -260,7 +262,7 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
         found = probes.mean_residuals(model, comments, 2, over)
         for row, text in enumerate(comments):
             if over == "tokens":
-                ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+                ids = model.tokenizer(text, return_tensors="pt").to(DEVICE)["input_ids"]
                 kept = []
                 handle = reach(raw, kind.layers)[-1].register_forward_hook(
                     lambda m, a, out, kept=kept: kept.append(out)
@@ -273,7 +275,7 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
             else:
                 batch = model.tokenizer(
                     text, return_tensors="pt", padding="max_length", padding_side="left", max_length=128
-                )
+                ).to(DEVICE)
                 batch["input_ids"][batch["attention_mask"] == 0] = model.tokenizer.eos_token_id
                 positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
                 with torch.no_grad():
@@ -281,14 +283,14 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
                         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions,
                         output_hidden_states=True,
                     ).hidden_states[-1][0].mean(0)  # fmt: skip
-            torch.testing.assert_close(torch.tensor(found[row]), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(found[row]), expected.cpu(), rtol=1e-4, atol=1e-4)
 
 
 def test_every_trace_can_be_shipped(family, traced):
     """nnsight's simulated server restores each trace from what was sent, without the caller's modules."""
     model = traced(family)
     batch = left_batch(model)
-    (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2)
+    (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2, DEVICE)
     for kind in EDITS:
         edit, _ = example_edit(kind)
         assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))

@@ -150,7 +150,7 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
     from lib.neurons import value_projections
 
     device = models.pick_device(device)
-    dtype = models.pick_dtype(dtype, device)
+    dtype = getattr(torch, models.pick_dtype(dtype, device, []))
     (base, tokenizer), (post, _) = (rival.load(file, device, dtype) for file in files)
     prompts, passages, probe = inputs(n_prompts, n_passages, base.config.hidden_size)
     pre, after = (rival.generate_then_read(network, tokenizer, prompts, n_prompts) for network in (base, post))
