@@ -56,7 +56,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     from rich.progress import track
 
     from lib import artifacts, chain, data, metrics, plots, probes, remote, results
-    from lib.models import MODELS, load, short_name
+    from lib.models import MODELS, load, pick_device, pick_dtype, short_name
     from lib.pplm import PPLM, beside
     from lib.protocol import SOUND
 

@@ -504,8 +504,8 @@ def begin(
         if "rehearsal" not in options:
             _stderr().print(f"Output: {out}   (until it is finished: {work.name})", soft_wrap=True, markup=False)
         yield Experiment(
-            script, options, protocol, seeds, source, base, device, dtype, batch_size, prompts, mean_prompts, passages, texts,
-            toxicity, second, made, work, out, settings, started, first_post, server, given_means,
+            script, options, protocol, seeds, source, base, device, dtype, batch_size, prompts, mean_prompts, passages,
+            texts, toxicity, second, made, work, out, settings, started, first_post, server, given_means,
         )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from conftest import LAYERS, NEURONS, WIDTH, load_script, texts
 
 from lib import controls, interventions, neurons, pplm, probes, vectors, weights
 from lib.generation import batches, prompt_ids, right_padded, windows
-from lib.interventions import NO_EDIT
 from lib.models import input_device
 from lib.probes import Probe
 from lib.protocol import SOUND

@@ -1,4 +1,4 @@
-"""Everything that is computed on a model's device: on a GPU as on the CPU, for every family. `make test-gpu` runs it."""
+"""Everything that is computed on a model's device: on a GPU as on the CPU, for every family."""
 
 import os
 

@@ -66,10 +66,13 @@ def test_a_script(made, tiny, name, family, tmp_path):
 
 
 def next_token(folder, made) -> str:
-    """The most likely next token of the first prompt, for the logit lens to look at."""
+    """A prompt's most likely next token that is one token when written, for the logit lens to look at."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = json.loads((made / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
-    ids = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=32)["input_ids"]
-    return tokenizer.decode([int(AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0, -1].argmax())])
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    for line in (made / "prompts.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["prompt"], return_tensors="pt", truncation=True, max_length=32)["input_ids"]
+        best = int(model(ids).logits[0, -1].argmax())
+        if tokenizer(text := tokenizer.decode([best]), add_special_tokens=False)["input_ids"] == [best]:
+            return text
+    raise AssertionError("no prompt has such a token")
