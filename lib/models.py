@@ -213,11 +213,13 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device, [source])
+    # Both: the map loads weights straight onto a GPU, and without `device` the pipeline inside takes a GPU that it sees.
+    place = {"device": device} if device == "cpu" else {"device_map": device}
     try:
         model = TransformersModel(
             source.path,
             task="text-generation",
-            device_map=device,
+            **place,
             dtype=getattr(torch, dtype),
             dispatch=True,
         )

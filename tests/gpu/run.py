@@ -51,7 +51,8 @@ def main(names, out):
         return
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "TEST_DEVICE": "cuda", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))}
+    places = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "TEST_DEVICE": "cuda", "PYTHONPATH": os.pathsep.join(places)}
     steps, record = [], out / "gpu.json"
     with tempfile.TemporaryDirectory() as made:
         for name in names or STEPS:
