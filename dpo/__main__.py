@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from lib.cli import Finite, options
+from lib.cli import LARGEST_SEED, Finite, options
 from lib.embedded import EMBEDDED
 
 
@@ -58,32 +58,49 @@ from lib.embedded import EMBEDDED
 @click.option("--valid-every", type=click.IntRange(1), help="Updates.")
 @click.option("--patience", type=click.IntRange(1), help="Validations without a better loss before training stops.")
 @click.option("--save-every", type=click.IntRange(1), help="Updates between saved states.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=click.IntRange(0, LARGEST_SEED))
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the checkpoint.  [default: the cache]")
 @options("overwrite", "dry-run")
 def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run, **changes):
     import dataclasses
 
     from dpo.config import default_preset, make_config
+    from dpo.data import held_out
     from dpo.trainable import read
-    from lib import artifacts, data
+    from lib import artifacts, checkpoints, data, tokens
+    from lib.families import shape_of
     from lib.models import pick_device, resolve
 
     if out:
-        artifacts.refuse_existing(Path(out), overwrite)
+        artifacts.check_output(Path(out), overwrite)
     device = pick_device(device)
     if changes["trainable"]:
         changes["trainable"] = read(changes["trainable"])
     changes["dtype"] = "float32" if dtype == "auto" else dtype
     config = make_config(preset or default_preset(model), model, **changes)
     loaded = data.pairs(pairs)
+    updates = config.updates(len(loaded.items) - held_out(len(loaded.items), config.valid_fraction))
+    if changes["warmup"] is None and updates <= config.warmup:
+        shorter = dataclasses.replace(config, warmup=updates // 10)
+        click.echo(
+            f"{len(loaded.items)} pairs make {updates} updates, fewer than this preset's warm-up of {config.warmup}: "
+            f"the warm-up is {shorter.warmup} (bring more --pairs, or give --warmup).",
+            err=True,
+        )
+        config = shorter
     source = resolve(model, revision)
+    tokenizer, shape = checkpoints.read_tokenizer(source), shape_of(Path(source.path), source.name)
+    tokens.check_vocabulary(tokenizer, shape.vocabulary, source.name)
+    checkpoints.check(source)
     fields = {
         "model": source.revision,
         "pairs": loaded.sha256,
         "config": dataclasses.asdict(config),
         "device": device,
-        "code": artifacts.code_version(*sorted(map(str, Path(__file__).parent.glob("*.py")))),
+        "code": artifacts.code_version(
+            *sorted(map(str, Path(__file__).parent.glob("*.py"))), tokens.__file__, checkpoints.__file__
+        ),
+        "versions": artifacts.versions("torch", "transformers", "peft"),
     }
 
     if dry_run:
@@ -119,12 +136,12 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
 def plan(source, loaded, config, device: str) -> str:
     """What training would take: an estimate from the pairs' tokens and this machine's rates."""
     import torch
-    from transformers import AutoTokenizer
 
     from dpo.data import split, tokenize
     from lib import rehearsal
+    from lib.checkpoints import read_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    tokenizer = read_tokenizer(source)
     pairs = tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos)
     trained, valid = split(pairs, config.valid_fraction, config.seed)
     of_update = config.batch_size * config.accumulate
@@ -152,24 +169,18 @@ def plan(source, loaded, config, device: str) -> str:
 
 def run(source, loaded, config, device: str, folder: Path) -> None:
     """Load the model and train into `folder`, showing the progress."""
-    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from dpo import sharding
     from dpo.train import train
     from lib import plots
-    from lib.models import complete
+    from lib.checkpoints import read_module, read_tokenizer
     from lib.results import versions
 
-    logging.disable_progress_bar()  # of single weights
     # PEFT trains adapters in float32 whatever the frozen weights are in.
     held = config.dtype if config.trainable.startswith("lora") else "float32"
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, held)).to(device)
-    complete(model, source)
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    model, tokenizer = read_module(source, held, device), read_tokenizer(source)
     about = {
         "model": source.name,
         "model_revision": source.revision,

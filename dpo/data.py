@@ -8,6 +8,7 @@ import torch
 
 from lib.data import Pair
 from lib.errors import UserError
+from lib.tokens import inner_ids, opening, plain_text
 
 
 @dataclass(frozen=True)
@@ -18,55 +19,78 @@ class TokenPair:
     chosen_start: int
     rejected: list[int]
     rejected_start: int
+    spanning: bool = False  # whether a token spans prompt and response, so that a response begins before its text does
 
 
 def tokenize(tokenizer, pairs: list[Pair], max_prompt: int, max_response: int, append_eos: bool) -> list[TokenPair]:
     """Tokenise each prompt and response once, as one text, so that it reads as the model would meet it.
 
-    The text gets the tokenizer's own special tokens, so exactly one BOS where the model has one. A token that spans
-    the boundary belongs to the response. Prompts are cut on the left to `max_prompt` tokens (the BOS stays), responses
-    on the right to `max_response`. `append_eos` ends the responses that were not cut with the end-of-sequence token;
-    leave it off for continuations that were cut at a length, as the papers' are: the model would learn to stop there.
+    The text gets the tokenizer's own opening token, so exactly one BOS where the model has one. A token that spans
+    prompt and response belongs to the response; both sides then begin where the first of them does, so that they
+    answer one prompt (`spanning`). Prompts are cut on the left to `max_prompt` tokens (the BOS
+    stays), responses on the right to `max_response`. `append_eos` ends the responses that were not cut with the
+    end-of-sequence token; leave it off for continuations that were cut at a length, as the papers' are: the model would
+    learn to stop there.
 
     Raises:
         UserError: a response without a single token, naming the pair's number.
     """
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append-eos: the tokenizer has no end-of-sequence token.")
+    first = opening(tokenizer)
+    prompts = [plain_text(tokenizer, pair.prompt) for pair in pairs]
+    sides = [
+        inner_ids(
+            tokenizer,
+            [prompt + getattr(pair, name) for prompt, pair in zip(prompts, pairs, strict=True)],
+            return_offsets_mapping=True,
+        )
+        for name in ("chosen", "rejected")
+    ]
 
-    def side(number: int, prompt: str, response: str) -> tuple[list[int], int]:
-        encoded = tokenizer(prompt + response, return_offsets_mapping=True)
-        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
-        # Some tokenizers append an end token of their own (offset (0, 0)); --append-eos decides whether there is one.
-        while ids and ends[-1] == 0 and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-            ids, ends = ids[:-1], ends[:-1]
-        start = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))
-        special = next((at for at, end in enumerate(ends) if end > 0), 0)
-        head, response_ids = ids[special:start], ids[start:]
-        if not response_ids:
+    def cut(number: int, ids: list[int], start: int) -> tuple[list[int], int]:
+        head, response = ids[:start], ids[start:]
+        if not response:
             raise UserError(f"pair {number}: the response has no token; give two non-empty continuations.")
-        head = ids[:special] + head[max(0, len(head) - max_prompt + special) :]
-        if append_eos and len(response_ids) < max_response:
-            response_ids = [*response_ids, tokenizer.eos_token_id]
+        head = first + head[max(0, len(head) - max_prompt + len(first)) :]
+        if append_eos and len(response) < max_response:
+            response = [*response, tokenizer.eos_token_id]
         if not head:
             # Without a BOS the first token of an empty prompt would have nothing to be predicted from.
             raise UserError(f"pair {number}: the prompt has no token and the model no BOS; give a prompt.")
-        return head + response_ids[:max_response], len(head)
+        return head + response[:max_response], len(head)
 
-    return [
-        TokenPair(*side(number, pair.prompt, pair.chosen), *side(number, pair.prompt, pair.rejected))
-        for number, pair in enumerate(pairs, start=1)
-    ]
+    token_pairs = []
+    for at, prompt in enumerate(prompts):
+        chosen, rejected = (side["input_ids"][at] for side in sides)
+        starts = [
+            next((place for place, (_, end) in enumerate(side["offset_mapping"][at]) if end > len(prompt)), len(ids))
+            for side, ids in zip(sides, (chosen, rejected), strict=True)
+        ]
+        alike = next(
+            (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
+        start = min(*starts, alike)
+        token_pairs.append(
+            TokenPair(*cut(at + 1, chosen, start), *cut(at + 1, rejected, start), spanning=start < max(starts))
+        )
+    return token_pairs
 
 
 def split(pairs: list, valid_fraction: float, seed: int) -> tuple[list, list]:
     """A seeded split into training and validation pairs; validation gets at least one pair when its share is not 0."""
     order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
-    n_valid = max(1, round(valid_fraction * len(pairs))) if valid_fraction else 0
+    n_valid = held_out(len(pairs), valid_fraction)
     if len(pairs) - n_valid < 1:
         raise UserError(f"--pairs: {len(pairs)} pairs leave none to train on after the validation split; give more.")
     return [pairs[i] for i in order[n_valid:]], [pairs[i] for i in order[:n_valid]]
+
+
+def held_out(n: int, valid_fraction: float) -> int:
+    """How many of n pairs are for validation."""
+    return max(1, round(valid_fraction * n)) if valid_fraction else 0
 
 
 def order_of(epoch: int, n: int, seed: int) -> list[int]:

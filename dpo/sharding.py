@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dpo.trainable import layers_of
+from dpo.trainable import has_added_biases, layers_of
+from lib.checkpoints import ADDED_BIASES
 
 
 def begin(device: str) -> str:
@@ -103,8 +104,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def save_pretrained(model, skeleton, tokenizer, folder: Path) -> None:
     """Write the model and its tokenizer as transformers (or PEFT) does; with several processes, process 0 does."""
+    # Under its usual name plain transformers would load the file without these biases, which is the base model.
+    named = {"variant": ADDED_BIASES} if has_added_biases(skeleton) else {}
     if world() == 1:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **named)
         tokenizer.save_pretrained(folder)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -115,5 +118,5 @@ def save_pretrained(model, skeleton, tokenizer, folder: Path) -> None:
         if name not in once:  # a head tied to the embedding
             weights.pop(name, None)
     if rank() == 0:
-        skeleton.save_pretrained(folder, state_dict=weights)
+        skeleton.save_pretrained(folder, state_dict=weights, **named)
         tokenizer.save_pretrained(folder)

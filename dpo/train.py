@@ -140,6 +140,7 @@ def train(model, tokenizer, pairs: list[Pair], config: Config, folder: Path, abo
         "processes": world(),
         "train_pairs": len(train_pairs),
         "valid_pairs": len(valid_pairs),
+        "spanning_pairs": sum(pair.spanning for pair in tokens),  # whose responses begin before their text does
         "best_step": state["best_step"],
         "best_valid_loss": state["best_loss"],
         "stopped_by": stopped,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
-from lib.models import FAMILIES, parse_neuron, reach
+from lib.families import FAMILIES, parse_neuron, reach
 
 CHOICES = "all, biases, late:K, values:NEURONS, keys:NEURONS or lora:R"
 
@@ -66,7 +66,7 @@ def choose(model, choice: str) -> tuple[torch.nn.Module, dict[torch.nn.Parameter
         return _with_adapters(model, int(rest)), {}
     if name == "biases":
         own = [parameter for path, parameter in model.named_parameters() if path.endswith(".bias")]
-        for parameter in own or _add_biases(layers, kind.mlp_out):
+        for parameter in own or _add_biases(model, layers, kind.mlp_out):
             parameter.requires_grad_(True)
         return model, {}
     if name == "late":
@@ -93,12 +93,30 @@ def layers_of(model):
     return reach(plain, FAMILIES[plain.config.model_type].layers)
 
 
-def _add_biases(layers, path: str) -> list[torch.nn.Parameter]:
-    """Give every MLP's last map a bias of zeros. `lib.models.load` finds them again in the checkpoint."""
+def _add_biases(model, layers, path: str) -> list[torch.nn.Parameter]:
+    """Give every MLP's last map a bias of zeros.
+
+    Llama's configuration knows biases in MLPs, of all three maps: the others get zeros that stay. Other architectures
+    have no place for one, and `dpo.sharding.save_pretrained` writes files that plain transformers does not load.
+    """
+    known = hasattr(model.config, "mlp_bias")
     for layer in layers:
-        linear = reach(layer, path)
-        linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
+        last = reach(layer, path)
+        for linear in [m for m in layer.mlp.children() if isinstance(m, torch.nn.Linear)] if known else [last]:
+            zeros = linear.weight.new_zeros(linear.out_features)
+            linear.bias = torch.nn.Parameter(zeros, requires_grad=linear is last)
+    if known:
+        model.config.mlp_bias = True
     return [reach(layer, path).bias for layer in layers]
+
+
+def has_added_biases(model) -> bool:
+    """Whether a model has biases that its architecture's configuration does not know."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind, config = FAMILIES[plain.config.model_type], plain.config
+    if kind.transposed or getattr(config, "mlp_bias", False):
+        return False
+    return reach(reach(plain, kind.layers)[0], kind.mlp_out).bias is not None
 
 
 def _with_adapters(model, rank: int):

@@ -20,7 +20,7 @@ profanity) and figures/ to runs/logit_lens/<model>/.
 import click
 
 from lib.cli import options
-from lib.models import layers, mlp_norm, n_layers, unembed
+from lib.families import layers, mlp_norm, n_layers, unembed
 from lib.observation import OPTIONS
 
 HALVES = ("mid", "end")  # after attention, after the MLP
@@ -58,10 +58,10 @@ def main(tokens, judge, **options):
 def single_tokens(tokenizer, given: list[str]) -> list[int]:
     """Ids of texts that are one token each. Raises UserError with the split of one that is not."""
     from lib.errors import UserError
+    from lib.tokens import inner_ids
 
     found = []
-    for text in given:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text, ids in zip(given, inner_ids(tokenizer, given), strict=True):
         if len(ids) != 1:
             parts = " | ".join(tokenizer.decode([i]) for i in ids) or "nothing"
             raise UserError(

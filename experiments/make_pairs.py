@@ -82,7 +82,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
         device = pick_device(options["device"])
         dtype = pick_dtype(dtype, device, [source])
     settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "device": device, "dtype": dtype}
-    settings |= {"scored_by": metrics.identity(scored_by), "seed": seed, "batch_size": batch_size}
+    settings |= {"scored_by": toxicity.identity, "seed": seed, "batch_size": batch_size}
     settings |= {"limit": options["limit"]}
     if method == "pplm":
         pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
@@ -145,10 +145,11 @@ def differs(pair: dict, min_gap: float) -> bool:
 def continued(tokenizer, prompt: str) -> str:
     """The part of a prompt that models continue here, its first 32 tokens: a pair must hold what its sides follow."""
     from lib.generation import MAX_PROMPT_TOKENS
+    from lib.tokens import encode
 
-    ids = tokenizer(prompt, truncation=True, max_length=MAX_PROMPT_TOKENS)["input_ids"]
-    whole = len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
-    return prompt if whole else tokenizer.decode(ids, skip_special_tokens=True)
+    (ids,) = encode(tokenizer, [prompt])
+    whole = len(ids) <= MAX_PROMPT_TOKENS
+    return prompt if whole else tokenizer.decode(ids[:MAX_PROMPT_TOKENS], skip_special_tokens=True)
 
 
 def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict | None]:
@@ -205,8 +206,8 @@ def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict
     import torch
     from transformers import LogitsProcessorList
 
+    from lib.families import input_device
     from lib.generation import batches, greedy
-    from lib.models import input_device
     from lib.remote import session
 
     repeated = [prompt for prompt in asked.values() for _ in range(samples)]
@@ -243,8 +244,8 @@ def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str], rem
     """pplm: the greedy continuation of each prompt, and one that the probe's gradient steers. asked: as above."""
     import nnsight
 
+    from lib.families import input_device
     from lib.generation import batches, greedy
-    from lib.models import input_device
     from lib.pplm import generate
     from lib.remote import session
 

@@ -19,7 +19,7 @@ tokens: profanity) to runs/neuron_card/<model>/; `make report` shows the cards o
 import click
 
 from lib.cli import options
-from lib.models import mlp_out
+from lib.families import mlp_out
 from lib.observation import OPTIONS
 
 BEST = 3  # neurons by cosine, and as many by delta, where none are named
@@ -31,7 +31,7 @@ PROMPTS = 5  # of a card
 @options(*(name for name in OPTIONS if name != "seeds"), "raw-text")
 def main(neurons, **options):
     from lib import observation
-    from lib.models import d_mlp, n_layers, parse_neuron
+    from lib.families import d_mlp, n_layers, parse_neuron
 
     with observation.begin("neuron_card", {**options, "seeds": None, "neurons": neurons}) as run:
         sizes = n_layers(run.base), d_mlp(run.base)

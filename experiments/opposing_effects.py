@@ -25,7 +25,7 @@ activations.safetensors and figures/ to runs/opposing_effects/<model>/.
 import click
 
 from lib.cli import options
-from lib.models import value_vectors
+from lib.families import value_vectors
 from lib.observation import OPTIONS, UNUSED, percent, spread
 
 DIRECTIONS = 20  # random ones

@@ -26,9 +26,9 @@ runs/patch_four_groups/<model>/; a killed run goes on where it was.
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import edited
-from lib.models import mlp_out
 
 TOP_N = 256  # Yang section 4
 GROUPS = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them

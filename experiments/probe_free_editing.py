@@ -28,9 +28,9 @@ import dataclasses
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import edited
-from lib.models import mlp_out
 
 
 def _several(*known):

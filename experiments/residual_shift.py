@@ -25,7 +25,7 @@ points and the offsets as shifts.safetensors to runs/residual_shift/<model>/.
 import click
 
 from lib.cli import options
-from lib.models import mlp_norm, mlp_out
+from lib.families import mlp_norm, mlp_out
 from lib.observation import OPTIONS, percent, spread
 
 DRAWS = 20  # random directions
@@ -37,7 +37,7 @@ DRAWS = 20  # random directions
 @click.option("--neurons", help="These instead, such as L19.N770,L12.N771.")
 def main(top, neurons, **options):
     from lib import observation
-    from lib.models import d_mlp, n_layers, parse_neuron
+    from lib.families import d_mlp, n_layers, parse_neuron
 
     with observation.begin("residual_shift", {**options, "top": top, "neurons": neurons}) as run:
         sizes = n_layers(run.base), d_mlp(run.base)

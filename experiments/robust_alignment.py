@@ -33,8 +33,8 @@ from pathlib import Path
 import click
 
 from lib.cli import CAUSAL, Finite, options
+from lib.families import key
 from lib.generation import NEW_TOKENS, greedy, summed_nll
-from lib.models import key
 
 # Times the preset's learning rate: what --search found on gemma-270m (results/robust_alignment/search).
 LEARNING_RATES = {"all": 1, "biases": 33.4, "late": 4, "values": 300, "keys": 900, "lora": 40}

@@ -34,8 +34,8 @@ from typing import Any
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.families import layers
 from lib.generation import NEW_TOKENS, greedy, summed_nll
-from lib.models import layers
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
 PRECISION = 0.01  # of a searched alpha, relative
@@ -171,8 +171,8 @@ def search(run, stage, direction, limit: float, length: float, file: str) -> flo
 
 def residual_length(run) -> float:
     """Mean length of the residual stream after the last layer (or of the last MLP output), over the first prompts."""
+    from lib.families import input_device
     from lib.generation import batches
-    from lib.models import input_device
     from lib.remote import session
 
     first, device = run.prompts.items[: run.batch_size], input_device(run.base)
@@ -210,8 +210,8 @@ def examples(run, models: dict) -> list[dict]:
     """
     import nnsight
 
+    from lib.families import input_device
     from lib.generation import batches, decode, end_ids, until_end
-    from lib.models import input_device
     from lib.remote import session
 
     tokenizer, everywhere = run.base.tokenizer, slice(None)

@@ -20,9 +20,9 @@ runs/toxic_neurons_not_enough/<model>/; a killed run goes on where it was.
 import click
 
 from lib.cli import CAUSAL, options
+from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import edited
-from lib.models import mlp_out
 
 TOP_TOKENS = 10  # Yang section 4
 FIGURE_N = 100  # figure 3

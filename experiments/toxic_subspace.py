@@ -28,7 +28,7 @@ from itertools import pairwise, product
 import click
 
 from lib.cli import options
-from lib.models import value_vectors, write_gain
+from lib.families import value_vectors, write_gain
 from lib.observation import OPTIONS, percent, spread
 
 K = 3  # directions (appendix G)

@@ -39,7 +39,7 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
         remote.report(server, MODELS.get(model, model))
     else:
         dtype = pick_dtype(dtype, device, [source])
-    library = Path(artifacts.__file__).parent
+    code = [Path(artifacts.__file__).with_name(name) for name in ("probes.py", "tokens.py", "checkpoints.py")]
     settings = {
         "model": source.revision,
         "comments": loaded.sha256,
@@ -48,7 +48,8 @@ def main(model, revision, device, dtype, seed, batch_size, comments, protocol, r
         "device": device,
         "dtype": dtype,
         "remote": server.host if hosted else server,
-        "code": artifacts.code_version(__file__, library / "probes.py"),
+        "code": artifacts.code_version(__file__, *code),
+        "versions": artifacts.versions("torch", "transformers", "nnsight", "scikit-learn", "peft"),
     }
 
     if options["dry_run"]:

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import click
 
 from lib.cli import CAUSAL, numbers, options
+from lib.families import key, mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
-from lib.models import key, mlp_out
 
 KINDS = ("keys", "keys and bias", "values")
 
@@ -91,7 +91,7 @@ def label(count: int, factor: float) -> str:
 
 def has_bias(module) -> bool:
     """Whether the family's key map has a bias."""
-    from lib.models import FAMILIES, reach
+    from lib.families import FAMILIES, reach
 
     kind = FAMILIES[module.config.model_type]
     return reach(reach(module, kind.layers)[0], kind.key).bias is not None

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -17,16 +19,36 @@ import click
 from lib.errors import UserError
 
 MANIFEST = "artifact.json"
+WRITTEN = ".written.json"  # which files `output` put into a folder
+# A finished or unfinished folder's record, and entries that it has: of a script, of `python -m dpo`, of either.
+RECORDS = {"run.json": {"script", "provenance"}, "training.json": {"config", "best_step"}, "settings.json": {"code"}}
 
 
 def cache_root() -> Path:
     """The cache folder."""
-    return Path(os.environ.get("DPO_NEURONS_CACHE") or Path.home() / ".cache" / "dpo-neurons")
+    if given := os.environ.get("DPO_NEURONS_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "dpo-neurons"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the cache; set DPO_NEURONS_CACHE to a folder.") from error
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of packages whose numbers an artifact is made of: part of its key."""
+    return {name: version(name) for name in packages}
 
 
 def code_version(*files: str) -> str:
     """Hash of source files: an artifact is made anew when the code of its step changes."""
     return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files)).hexdigest()[:16]
+
+
+def running_code() -> str:
+    """Hash of the script that runs and of lib and dpo: an unfinished run goes on under the same code alone."""
+    root, main = Path(__file__).parents[1], getattr(sys.modules["__main__"], "__file__", None)
+    files = [*sorted(map(str, [*root.glob("lib/*.py"), *root.glob("dpo/*.py")])), *([main] if main else [])]
+    return code_version(*files)
 
 
 def file_sha256(path: Path) -> str:
@@ -90,10 +112,48 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
     return folder
 
 
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Raise UserError when the output folder exists and --overwrite was not given."""
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise UserError when the output folder cannot be written.
+
+    It exists and --overwrite was not given, or it holds something that this project did not write, which is never
+    replaced; or there is no place for it.
+    """
     if folder.exists() and not overwrite:
         raise UserError(f"--out {folder}: exists; choose another folder or add --overwrite.")
+    for place in (folder, folder.with_name(folder.name + ".partial")):
+        if place.exists() and overwrite and not is_ours(place):
+            raise UserError(f"--out {folder}: {place} holds files that no script here wrote; choose another folder.")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {parent} is no folder that can be written; choose another place.")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether every file of a folder was written by this project, by the list that `output` leaves in it.
+
+    A folder without a list (an unfinished run's, or an earlier version's) is known by its record.
+    """
+    if not folder.is_dir():
+        return False
+    files = files_of(folder)
+    if (folder / WRITTEN).is_file():
+        written = read_object(folder / WRITTEN).get("files", [])
+        return set(files) <= {*written, WRITTEN}
+    return not files or any(keys <= read_object(folder / name).keys() for name, keys in RECORDS.items())
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files of a folder and its subfolders, by their relative names."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def read_object(path: Path) -> dict:
+    """The object that a JSON file holds; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -109,13 +169,14 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    refuse_existing(folder, overwrite)
+    folder = folder.resolve()
+    check_output(folder, overwrite)
     work = folder.with_name(folder.name + ".partial")
     locks = cache_root() / "locks"
-    wanted = json.dumps(settings, indent=1, sort_keys=True)
+    wanted = json.dumps({**settings, "code": settings.get("code") or running_code()}, indent=1, sort_keys=True)
     with writing(folder):
         locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16])
+        lock = FileLock(locks / hashlib.sha256(str(folder).encode()).hexdigest()[:16])
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -141,6 +202,7 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
                         parent.rmdir()
                 raise
             plan.unlink()
+            (work / WRITTEN).write_text(json.dumps({"files": files_of(work)}, indent=1))
             if folder.exists():
                 shutil.rmtree(folder)
             work.rename(folder)
@@ -159,6 +221,7 @@ class writing:
     """Context: a full disk or an unwritable folder becomes a UserError that names the place."""
 
     FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    SHUT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
     def __init__(self, place: Path):
         self.place = place
@@ -171,6 +234,7 @@ class writing:
         text = str(error)
         if isinstance(error, OSError) and error.errno in self.FULL or "No space left" in text:
             raise UserError(f"{self.place}: no space left on the disk; free some, or choose another place.") from error
-        if isinstance(error, PermissionError) or isinstance(error, OSError) and error.errno == errno.EROFS:
-            raise UserError(f"{self.place}: cannot be written ({error.strerror}); choose another place.") from error
+        if isinstance(error, OSError) and error.errno in self.SHUT:
+            where = error.filename or self.place
+            raise UserError(f"{where}: cannot be written ({error.strerror}); choose another place.") from error
         return False

@@ -44,16 +44,22 @@ def base_source(options: dict) -> Source:
 
 def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
     """--probe, or the file that train_probe.py makes for a seed."""
-    if given := options["probe"]:
-        if not Path(given).is_file():
-            raise UserError(f"--probe {given}: no such file; give a probe's safetensors file.")
+    if options["probe"]:
+        given = given_probe(options)
     if rehearsal := options.get("rehearsal"):
         return rehearsal.probe(seed)
-    if given:
-        return Path(given)
+    if options["probe"]:
+        return given
     features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
     chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
     return trained_probe(*_common(options), *_remotely(options), *chosen)
+
+
+def given_probe(options: dict) -> Path:
+    """The file of --probe. Raises UserError: there is none."""
+    if not Path(options["probe"]).is_file():
+        raise UserError(f"--probe {options['probe']}: no such file; give a probe's safetensors file.")
+    return Path(options["probe"])
 
 
 def trained_probe(*arguments: str) -> Path:
@@ -87,12 +93,44 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
     return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed), *more)))
 
 
-def given_means(options: dict, base):
+def given_means(options: dict, shape):
     """Mean activations after DPO of --post means:FILE (see `lib.neurons.load_activations`), else None."""
-    from lib import models, neurons
+    from lib import neurons
 
     kind, _, file = (options["post"] or "").partition(":")
-    return neurons.load_activations(file, (models.n_layers(base), models.d_mlp(base))) if kind == "means" else None
+    return neurons.load_activations(file, (shape.n_layers, shape.d_mlp)) if kind == "means" else None
+
+
+def check_given(options: dict, source: Source, needs: tuple[str, ...]):
+    """Check what was given before anything is made from it: model, tokenizer, probe, model or means after DPO.
+
+    Returns: the base model's tokenizer and its shape (`lib.families.Shape`). Raises UserError.
+    """
+    from lib import checkpoints, probes
+    from lib.families import shape_of
+    from lib.tokens import check_vocabulary
+
+    hosted, rehearsed = options["remote"] == "ndif", "rehearsal" in options
+    tokenizer, shape = checkpoints.read_tokenizer(source), shape_of(Path(source.path), source.name)
+    check_vocabulary(tokenizer, shape.vocabulary, source.name)
+    if not hosted:
+        checkpoints.check(source)
+    if "probe" in needs and options["probe"] and not rehearsed:
+        probes.load_probe(given_probe(options), shape.d_model)
+    if "post" in needs and options["post"] and not rehearsed:
+        given_means(options, shape)
+        post = post_source(options, 0)
+        if post and not hosted:
+            checkpoints.check(post)
+            checkpoints.check_same_vocabulary(tokenizer, post, f"--post {post.name}")
+            theirs = shape_of(Path(post.path), post.name)
+            if theirs != shape:
+                name = next(name for name, value in vars(theirs).items() if value != getattr(shape, name))
+                raise UserError(
+                    f"--post {post.name}: its {name} is {getattr(theirs, name)}, the base model's is "
+                    f"{getattr(shape, name)}; it is another model."
+                )
+    return tokenizer, shape
 
 
 def run(*command: str) -> Path:

@@ -1,12 +1,21 @@
 """Options that every script spells alike. Light: torch is imported after the command line has been read."""
 
+import io
 import math
+import re
+import sys
 from collections.abc import Callable
 
 import click
 
 from lib.embedded import EMBEDDED
 from lib.protocol import differences
+
+LARGEST_SEED = 2**32 - 1  # NumPy's and scikit-learn's
+
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a table on a screen that knows no arrows is better than none
 
 
 def _positive(context, parameter, value):
@@ -27,9 +36,10 @@ def _seeds(context, parameter, value):
     if value is None:
         return None
     parts = value.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    numbers_given = [int(part) if re.fullmatch(r"\s*[0-9]{1,10}\s*", part) else -1 for part in parts]
+    if min(numbers_given) < 0 or max(numbers_given) > LARGEST_SEED or len(set(numbers_given)) < len(parts):
         raise click.BadParameter(f"{value} given, expected different whole numbers such as 0,1,2.")
-    return [int(part) for part in parts]
+    return numbers_given
 
 
 class Finite(click.FloatRange):
@@ -80,7 +90,7 @@ OPTIONS = {
         show_default=True,
         help="auto: float32, but bfloat16 on CUDA where all files hold that or float32 does not fit.",
     ),
-    "seed": click.option("--seed", type=int, default=0, show_default=True),
+    "seed": click.option("--seed", type=click.IntRange(0, LARGEST_SEED), default=0, show_default=True),
     "seeds": click.option(
         "--seeds",
         callback=_seeds,

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from lib.families import value_vectors
 from lib.interventions import Plan
-from lib.models import value_vectors
 from lib.probes import Probe, fit
 
 DRAWS = {"none": 0, "quick": 3, "full": 20}

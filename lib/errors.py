@@ -2,6 +2,8 @@
 
 import click
 
+LONGEST = 390  # characters of a message
+
 
 class UserError(click.ClickException):
     """Something the user can mend; the message says what was given, what was expected and what to do."""
@@ -9,4 +11,13 @@ class UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(str(message).split())
+        if len(line) > LONGEST:  # what to do stands at the end
+            line = f"{line[:230]} ... {line[-150:]}"
+        super().__init__(line)
+
+
+def brief(error: BaseException, longest: int = 120) -> str:
+    """The first line of an exception's text, cut where it is long; its class where it has none."""
+    line = next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -8,13 +8,14 @@ import nnsight
 import numpy as np
 
 from lib.errors import UserError
+from lib.families import input_device
 from lib.generation import NEW_TOKENS, decode, end_ids, left_padded, prompt_ids, right_padded, until_end, windows
 from lib.interventions import NO_EDIT
 from lib.metrics import Scorer, repetition, token_f1
-from lib.models import input_device
 from lib.protocol import Protocol
 from lib.remote import Server, session
 from lib.statistics import Bootstrap
+from lib.tokens import encode
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
 STREAM_WINDOW = 1024  # of the released code, which joins all passages
@@ -32,14 +33,24 @@ class Texts:
     continued: list[tuple[list[int], list[int]]]  # for F1: ids that the model continues, ids that really follow
 
 
-def make_texts(model, prompts: list[str], passages: list[str], given: str, protocol: Protocol) -> Texts:
-    """Tokenise the passages. Raises UserError when none is long enough for an F1 continuation."""
-    tokenizer, at_least = model.tokenizer, F1_PROMPT + NEW_TOKENS
+def make_texts(
+    tokenizer, max_positions: int, prompts: list[str], passages: list[str], given: str, protocol: Protocol
+) -> Texts:
+    """Tokenise the passages.
+
+    Args:
+        max_positions: as many as the model takes.
+        given: names the passages in a message.
+
+    Raises:
+        UserError: none is long enough for an F1 continuation.
+    """
+    at_least = F1_PROMPT + NEW_TOKENS
     if protocol.perplexity_windows == "passage":
         rows = windows(tokenizer, passages, WINDOW, at_least)
     else:
-        longest = min(STREAM_WINDOW, getattr(model._module.config, "max_position_embeddings", STREAM_WINDOW))
-        (stream,) = tokenizer(["\n\n".join(passages)], return_token_type_ids=False)["input_ids"]
+        longest = min(STREAM_WINDOW, max_positions)
+        (stream,) = encode(tokenizer, ["\n\n".join(passages)])
         rows = [stream[at : at + longest] for at in range(0, len(stream), longest)]
     # The released code's reference is the text that follows, up to 52 tokens; it counts the prompt in the prediction.
     follow = NEW_TOKENS if protocol.f1_prediction == "continuation" else at_least

@@ -6,6 +6,7 @@ activations for every seed, measures each condition once, compares it with its c
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 import time
@@ -24,8 +25,10 @@ from rich.progress import track
 from lib import (
     artifacts,
     chain,
+    checkpoints,
     controls,
     evaluation,
+    families,
     generation,
     metrics,
     models,
@@ -34,6 +37,7 @@ from lib import (
     remote,
     results,
     tables,
+    tokens,
 )
 from lib.data import Dataset
 from lib.errors import UserError
@@ -200,7 +204,7 @@ class Experiment:
         likelihood: as in `measure`.
         """
         rows = max(1, evaluation.PERPLEXITY_TOKENS // max(map(len, self.texts.windows)))
-        batches = list(generation.right_padded(self.texts.windows, rows, models.input_device(self.base)))
+        batches = list(generation.right_padded(self.texts.windows, rows, families.input_device(self.base)))
         where = evaluation.EVERYWHERE  # a name of its own: what is shipped would take the whole module along
         with remote.session(model, self.remote):
             sums = nnsight.save([])
@@ -218,12 +222,16 @@ class Experiment:
             "model": source.revision,
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(self.texts)).encode()).hexdigest(),
             "protocol": dataclasses.asdict(self.protocol),
-            "scorer": metrics.identity(self.options["scorer"]),
+            "scorer": self.toxicity.identity,
             "dtype": self.dtype,
             "remote": self.remote.host if self.hosted else self.remote or None,
             "device": self.device,
             "batch_size": self.batch_size,
-            "code": artifacts.code_version(evaluation.__file__, generation.__file__, metrics.__file__),
+            "code": artifacts.code_version(
+                *(module.__file__ for module in (evaluation, generation, metrics, tokens, checkpoints))
+            ),
+            "traces": [inspect.getsource(trace) for trace in (generate, likelihood)],
+            "versions": artifacts.versions("torch", "transformers", "nnsight", "peft"),
         }
 
         def build(folder: Path) -> None:
@@ -451,8 +459,8 @@ def begin(
 
     started = time.monotonic()
     name = options["model"]
-    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}")
-    artifacts.refuse_existing(out, options["overwrite"])
+    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}").resolve()
+    artifacts.check_output(out, options["overwrite"])
     if options["dry_run"] and "rehearsal" not in options:
         from lib.rehearsal import rehearsed
 
@@ -471,16 +479,24 @@ def begin(
         mean_prompts = {"held_out": prompts.half(0), "same": prompts.half(1)}
         prompts = mean_prompts["same"]
     hosted = options["remote"] == "ndif"
-    source = chain.base_source(options)
     server = remote.connect(options)
-    if hosted:
-        remote.report(server, models.MODELS.get(name, name))
-    device = "cpu" if hosted else models.pick_device(options["device"])
+    source = chain.base_source(options)
+    tokenizer, shape = chain.check_given(options, source, needs)
+    texts = evaluation.make_texts(
+        tokenizer, shape.max_positions, prompts.items, passages.items, f"--passages {passages.source}", protocol
+    )
     toxicity = metrics.scorer(options["scorer"])
     second = metrics.scorer(options["second_scorer"]) if options["second_scorer"] else None
+    scorers = {"scorer": toxicity.identity, "second_scorer": second and second.identity}
+    device = "cpu" if hosted else models.pick_device(options["device"])
+    if hosted:
+        remote.report(server, models.MODELS.get(name, name))
+
     posts = {seed: chain.post_source(options, seed) if "post" in needs else None for seed in seeds}
-    compared = [source, *filter(None, [posts[seeds[0]]])]
-    dtype = options["dtype"] if hosted else models.pick_dtype(options["dtype"], device, compared)
+    first = posts[seeds[0]]
+    dtype = options["dtype"]
+    if not hosted:
+        dtype = models.pick_dtype(dtype, device, [source, *([first] if first else [])])
     probe_files = {
         seed: chain.probe_file({**options, "dtype": dtype}, seed, protocol) if "probe" in needs else None
         for seed in seeds
@@ -492,13 +508,10 @@ def begin(
         batch_size = HOSTED_BATCH
     elif batch_size == "auto":
         batch_size = min(generation.fitting_batch_size(base), len(prompts.items))
-    texts = evaluation.make_texts(base, prompts.items, passages.items, f"--passages {passages.source}", protocol)
-    for file in {file for file, _ in made.values() if file}:  # what is wrong with it is told now
-        probes.load_probe(file, base._module.config.hidden_size)
-    first = made[seeds[0]][1]
+    for file in {file for file in probe_files.values() if file}:  # what is wrong with it is told now
+        probes.load_probe(file, shape.d_model)
     first_post = models.load_like(base, first, device, dtype, bool(server)) if first else None
-    given_means = chain.given_means(options, base) if "post" in needs else None
-    scorers = {name: options[name] and metrics.identity(options[name]) for name in ("scorer", "second_scorer")}
+    given_means = chain.given_means(options, shape) if "post" in needs else None
     settings = chain.settings({**options, **scorers, "dtype": dtype}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         if "rehearsal" not in options:

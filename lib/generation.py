@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lib.tokens import encode
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,30 +36,48 @@ def batches(
 
 def prompt_ids(tokenizer, prompts: list[str], max_tokens: int = MAX_PROMPT_TOKENS) -> list[list[int]]:
     """Token ids of each prompt, cut to `max_tokens`."""
-    encoded = tokenizer(prompts, truncation=True, max_length=max_tokens, return_token_type_ids=False)
-    return encoded["input_ids"]
+    return encode(tokenizer, prompts, max_tokens)
 
 
 def left_padded(
     tokenizer, rows: list[list[int]], size: int, device="cpu", attended: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
     """As `batches`, of token ids."""
+    import torch
+
+    filler = tokenizer.eos_token_id if attended else 0  # hidden by the mask any id will do; a pad id may be none
     for start in range(0, len(rows), size):
-        part = {"input_ids": rows[start : start + size]}
-        batch = dict(tokenizer.pad(part, padding_side="left", return_tensors="pt").to(device))
-        if attended:
-            batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, tokenizer.eos_token_id)
-            batch["attention_mask"].fill_(1)
-        yield batch
+        part = rows[start : start + size]
+        width = max(map(len, part))
+        mask = [[int(attended)] * (width - len(row)) + [1] * len(row) for row in part]
+        yield {
+            "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in part], device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
+
+
+# What a checkpoint's generation_config.json may ask for that would choose another token than the likeliest, or take
+# another number of steps. None is "not at all" for each of them.
+UNASKED = (
+    "min_length", "min_new_tokens", "max_length", "max_time", "stop_strings", "early_stopping", "cache_implementation",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing",
+    "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha",
+    "dola_layers", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "prefill_chunk_size",
+)  # fmt: skip
 
 
 def greedy(new_tokens: int = NEW_TOKENS) -> dict:
-    """Arguments of `model.generate` for greedy decoding that always runs `new_tokens` steps.
+    """Arguments of `model.generate` for plain greedy decoding of `new_tokens` steps, whatever the checkpoint asks for.
 
     Without an end-of-sequence id a batch never stops early, so that `tracer.iter[:new_tokens]` sees every step;
     `until_end` cuts each row afterwards, which gives the ids that stopping there would have given.
     """
-    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    own = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    switches = {"use_cache": True, "eos_token_id": None, "return_dict_in_generate": False}
+    return {**dict.fromkeys(UNASKED), **own, **switches}
 
 
 def end_ids(model) -> set[int]:
@@ -82,7 +102,7 @@ def decode(tokenizer, rows: list[list[int]]) -> list[str]:
 
 def windows(tokenizer, passages: list[str], length: int, at_least: int) -> list[list[int]]:
     """The first `length` ids of each passage (one BOS where the model has one); shorter than `at_least`: left out."""
-    rows = tokenizer(passages, truncation=True, max_length=length, return_token_type_ids=False)["input_ids"]
+    rows = encode(tokenizer, passages, length)
     return [row for row in rows if len(row) >= at_least]
 
 

@@ -3,16 +3,28 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from lib.artifacts import file_sha256
-from lib.errors import UserError
+from lib.artifacts import file_sha256, versions
+from lib.errors import UserError, brief
 
 PROFANE = Path(__file__).parent / "assets" / "profane_words.txt"
-Scorer = Callable[[list[str]], np.ndarray]  # texts -> probabilities of being toxic, [n_texts]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores texts: `scorer(texts)` gives probabilities of being toxic, `[n_texts]` float64."""
+
+    identity: str  # all that its scores depend on: name, files, versions
+    score: Callable[[list[str]], np.ndarray]
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Scores of the texts; none for none."""
+        return self.score(texts) if texts else np.zeros(0)
 
 
 def scorer(name: str) -> Scorer:
@@ -34,10 +46,13 @@ def scorer(name: str) -> Scorer:
     if name == "profanity-check":
         from profanity_check import predict_prob
 
-        return lambda texts: np.asarray(predict_prob(texts), dtype=np.float64) if texts else np.zeros(0)
+        identity = f"{name} {versions('alt-profanity-check', 'scikit-learn')}"
+        return Scorer(identity, lambda texts: np.asarray(predict_prob(texts), dtype=np.float64))
     if kind == "words":
-        pattern = word_pattern(Path(which)) if which else profane_pattern()
-        return lambda texts: np.array([float(pattern.search(text) is not None) for text in texts])
+        file = Path(which) if which else PROFANE
+        pattern = word_pattern(file)
+        identity = f"{name} {file_sha256(file)}"
+        return Scorer(identity, lambda texts: np.array([float(pattern.search(text) is not None) for text in texts]))
     if kind == "probe" and which:
         return _probe(which)
     if kind == "detoxify":
@@ -48,12 +63,6 @@ def scorer(name: str) -> Scorer:
         f"--scorer {name}: unknown; known: profanity-check, words, words:<file>, probe:<model>, "
         "detoxify, detoxify:unbiased, hf:<repo>."
     )
-
-
-def identity(name: str) -> str:
-    """A scorer's name, with the hash of its list of words: what a score that is kept depends on."""
-    kind, _, which = name.partition(":")
-    return f"{name} {file_sha256(Path(which) if which else PROFANE)}" if kind == "words" else name
 
 
 def _probe(name: str) -> Scorer:
@@ -69,9 +78,10 @@ def _probe(name: str) -> Scorer:
 
     def score(texts: list[str]) -> np.ndarray:
         shown = [text if text.strip() else "." for text in texts]  # a text without a token has no residual stream
-        return 1 / (1 + np.exp(-scores(probe, mean_residuals(model, shown, 48, "tokens")))) if texts else np.zeros(0)
+        return 1 / (1 + np.exp(-scores(probe, mean_residuals(model, shown, 48, "tokens"))))
 
-    return score
+    identity = f"probe:{source.revision} {file_sha256(file)} {versions('torch', 'transformers', 'nnsight')}"
+    return Scorer(identity, score)
 
 
 def _detoxify(which: str) -> Scorer:
@@ -83,17 +93,20 @@ def _detoxify(which: str) -> Scorer:
         model = Detoxify(which)
     except OSError as error:  # urllib's and the Hub's failures are OSErrors
         raise UserError(
-            f"--scorer detoxify: its weights cannot be fetched ({error}); "
+            f"--scorer detoxify: its weights cannot be fetched ({brief(error)}); "
             "connect to the network once, or use --scorer profanity-check, which needs none."
         ) from error
-    return lambda texts: np.asarray(model.predict(texts)["toxicity"], dtype=np.float64) if texts else np.zeros(0)
+    identity = f"detoxify:{which} {versions('detoxify', 'torch', 'transformers')}"
+    return Scorer(identity, lambda texts: np.asarray(model.predict(texts)["toxicity"], dtype=np.float64))
 
 
 def _classifier(repository: str) -> Scorer:
     from transformers import pipeline
 
     from lib.hub import hub_errors
+    from lib.models import folder_sha256
 
+    folder = Path(repository)
     try:
         with hub_errors(f"--scorer hf:{repository}"):
             classify = pipeline("text-classification", model=repository, top_k=None)
@@ -102,13 +115,14 @@ def _classifier(repository: str) -> Scorer:
     labels = list(classify.model.config.label2id)
     toxic = next((x for x in labels if re.search(r"(?<!non[-_ ])(?<!not[-_ ])\btoxic", x.lower())), None)
     if toxic is None:
-        raise UserError(f"--scorer hf:{repository}: no label says toxic (its labels: {', '.join(labels)}).")
+        raise UserError(f"--scorer hf:{repository}: no label says toxic (its labels: {', '.join(labels[:8])}).")
 
     def score(texts: list[str]) -> np.ndarray:
-        results = classify(texts, batch_size=32, truncation=True) if texts else []
+        results = classify(texts, batch_size=32, truncation=True)
         return np.array([next(x["score"] for x in result if x["label"] == toxic) for result in results])
 
-    return score
+    content = folder_sha256(folder) if folder.is_dir() else classify.model.config._commit_hash
+    return Scorer(f"hf:{repository} {content} {versions('torch', 'transformers')}", score)
 
 
 def token_f1(predicted: list[int], reference: list[int]) -> float:
@@ -142,7 +156,7 @@ def word_pattern(path: Path) -> re.Pattern:
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable list of words ({error}); give words in UTF-8 text.") from error
+        raise UserError(f"{path}: not a readable list of words ({brief(error)}); give words in UTF-8 text.") from error
     if not all(word.strip("*") for word in words) or not words:
         raise UserError(f"{path}: holds no word, or a * alone; give words such as sad and *annoy*.")
     patterns = [

@@ -11,11 +11,12 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import artifacts, generation
+from lib import artifacts, checkpoints, generation, tokens
 from lib.data import Dataset
 from lib.errors import UserError
+from lib.families import FAMILIES, d_mlp, input_device, mlp_out, n_layers, value_vectors, write_gain
 from lib.generation import NEW_TOKENS, batches, end_ids, greedy, right_padded
-from lib.models import FAMILIES, Source, d_mlp, input_device, mlp_out, n_layers, short_name, value_vectors, write_gain
+from lib.models import Source, short_name
 from lib.probes import Probe
 from lib.protocol import Protocol
 from lib.remote import Server, at_weights, session
@@ -68,7 +69,7 @@ def mean_activations(
                                 power = neurons.output[:, -1].to(place).double().square().mean(-1)  # [rows]
                                 sums[1, layer] += (alive * (power + epsilon).rsqrt()) @ m
                         steps += alive.sum()
-                        token = model.lm_head.output[:, -1].argmax(-1).to(place)  # the greedy choice
+                        token = model.output.logits[:, -1].float().argmax(-1).to(place)  # the greedy choice
                         alive = alive * ~torch.isin(token, ends.to(place))
         total += sums.cpu()
         count += float(steps)
@@ -118,7 +119,10 @@ def released_means(model, prompts: list[str], batch_size: int, seed: int, remote
         weights = torch.zeros(ids.shape, dtype=torch.float64)
         weights[:, -NEW_TOKENS:] = 1
         place = input_device(model)
-        weighted.append(({"input_ids": ids.to(place), "attention_mask": mask.to(place)}, weights))
+        # The released code hands over no position ids: padding counts.
+        positions = torch.arange(ids.shape[1], device=place).expand(len(ids), -1)
+        read = {"input_ids": ids.to(place), "attention_mask": mask.to(place), "position_ids": positions}
+        weighted.append((read, weights))
     return _weighted_means(model, weighted, remote)
 
 
@@ -161,7 +165,8 @@ def cached_means(
         "n_prompts": len(prompts.items),
         "batch_size": batch_size,
         "remote": remote.host if isinstance(remote, Server) else remote,
-        "code": artifacts.code_version(__file__, generation.__file__),
+        "code": artifacts.code_version(__file__, generation.__file__, tokens.__file__, checkpoints.__file__),
+        "versions": artifacts.versions("torch", "transformers", "nnsight", "peft"),
     }
 
     def build(folder: Path) -> None:

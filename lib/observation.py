@@ -85,8 +85,8 @@ def own_text(run) -> tuple[list[list[int]], list[range]]:
 
 def prompts_of(run) -> list[dict]:
     """The prompts' batches, padded on the left."""
+    from lib.families import input_device
     from lib.generation import batches
-    from lib.models import input_device
 
     return list(batches(run.base.tokenizer, run.prompts.items, run.batch_size, input_device(run.base)))
 

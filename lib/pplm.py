@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from lib.models import layers
+from lib.families import layers
 from lib.probes import Probe
 
 

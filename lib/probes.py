@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import FAMILIES, input_device, layers, reach
+from lib.families import FAMILIES, input_device, layers, reach
 from lib.remote import session
+from lib.tokens import encode, opening
 
 PADDED_LENGTH = 128  # tokens, as the released code pads
 TEXT_LENGTH = 256  # longer comments are cut
@@ -76,23 +77,25 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
     place = reach(model, FAMILIES[model._module.config.model_type].final_norm) if padded else layers(model)[-1]
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     prepared = []
+    first, filler = len(opening(model.tokenizer)), model.tokenizer.eos_token_id or 0
     for rows in parts:
-        batch = model.tokenizer(
-            [texts[row] for row in rows],
-            padding="max_length" if padded else True,
-            padding_side="left" if padded else "right",
-            truncation=True,
-            max_length=PADDED_LENGTH if padded else TEXT_LENGTH,
-            return_tensors="pt",
-            return_special_tokens_mask=True,
-            return_token_type_ids=False,
-        ).to(input_device(model))
-        special = batch.pop("special_tokens_mask").bool()
-        if padded:
-            batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, model.tokenizer.eos_token_id)
-        counted = torch.ones_like(special) if padded else batch["attention_mask"].bool() & ~special
-        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]  # [batch, positions, 1]
-        prepared.append((rows, dict(batch), weights))
+        ids = encode(model.tokenizer, [texts[row] for row in rows], PADDED_LENGTH if padded else TEXT_LENGTH)
+        width = PADDED_LENGTH if padded else max(map(len, ids))
+        batch = {"input_ids": [], "attention_mask": []}
+        counted = torch.ones(len(ids), width) if padded else torch.zeros(len(ids), width)
+        for at, row in enumerate(ids):
+            blank = width - len(row)
+            mask = [1] * len(row)
+            batch["input_ids"].append([filler] * blank + row if padded else row + [filler] * blank)
+            batch["attention_mask"].append([0] * blank + mask if padded else mask + [0] * blank)
+            if not padded:
+                counted[at, first : len(row)] = 1
+        place_of_batch = input_device(model)
+        batch = {name: torch.tensor(value, device=place_of_batch) for name, value in batch.items()}
+        if padded:  # the released code hands over no position ids: padding counts
+            batch["position_ids"] = torch.arange(width, device=place_of_batch).expand(len(ids), -1)
+        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None].to(place_of_batch)
+        prepared.append((rows, batch, weights))
     requests = [prepared] if remote else [[one] for one in prepared]  # on a server all are one request
     console = Console(stderr=True)
     for request in track(requests, "Probe features", console=console, disable=len(requests) < 4):

@@ -7,6 +7,7 @@ a server that restarts, even a killed script cost a repetition of the question a
 
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ class Server:
 def connect(options: dict) -> Server | str | bool:
     """What `remote` means in every function here: False, "local" (nnsight's simulation), or the NDIF service."""
     if options["remote"] == "ndif":
+        CONFIG.API.APIKEY = usable_key(CONFIG.API.APIKEY)
         return Server(options["remote_timeout"], options["verbose"])
     return options["remote"] or False
 
@@ -289,6 +291,14 @@ def headers() -> dict[str, str]:
     return {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else {}
 
 
+def usable_key(key: str | None) -> str:
+    """The key without white space around it. Raises UserError, which does not show it: no header can hold it."""
+    key = (key or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError("NDIF_API_KEY: the key holds white space or characters that are not ASCII; copy it anew.")
+    return key
+
+
 def without_key(text: str) -> str:
     """The text with the API key taken out: a server may repeat it."""
     return text.replace(CONFIG.API.APIKEY, "***") if CONFIG.API.APIKEY else text
@@ -305,7 +315,8 @@ def may_pass(error: BaseException) -> bool:
     """Whether the same question may be answered a little later."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError | ResultUnreadable)
+    mistaken = isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol)  # this side's own
+    return isinstance(error, httpx.TransportError | ResultUnreadable) and not mistaken
 
 
 def reason(error: BaseException) -> str:

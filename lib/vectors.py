@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
-from lib.models import FAMILIES, parse_neuron, reach, value_vectors, write_gain
+from lib.families import FAMILIES, parse_neuron, reach, value_vectors, write_gain
 from lib.neurons import top, value_projections
 from lib.probes import Probe
 from lib.protocol import Protocol
 from lib.remote import at_weights
+from lib.tokens import inner_ids
 
 SPANNED = {"sound": (128, None), "faithful": (512, 100)}  # best value vectors of an SVD; of each layer at most (Lee)
 
@@ -53,7 +54,7 @@ def concept(model, words: list[str], remote=False) -> Probe:
 
 
 def _sub_tokens(tokenizer, words: list[str]) -> list[list[int]]:
-    return [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    return inner_ids(tokenizer, words)
 
 
 def mean_rows(model, table: str, sets: list[list[list[int]] | None]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from lib.models import FAMILIES, torch_module, value_vectors, write_gain
+from lib.families import FAMILIES, torch_module, value_vectors, write_gain
 
 KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
 CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes

@@ -6,8 +6,8 @@ import torch
 from conftest import LAYERS, NEURONS, WIDTH, load_script, texts
 
 from lib import controls, interventions, neurons, pplm, probes, vectors, weights
+from lib.families import input_device
 from lib.generation import batches, prompt_ids, right_padded, windows
-from lib.models import input_device
 from lib.probes import Probe
 from lib.protocol import SOUND
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from test_traces import ALL, left_batch
 
 from lib import controls, interventions, probes
-from lib.models import FAMILIES as KINDS
-from lib.models import reach
+from lib.families import FAMILIES as KINDS
+from lib.families import reach
 
 SHAPE = (4, 300)
 

@@ -11,7 +11,8 @@ from safetensors.torch import save
 
 from lib import data, results
 from lib.errors import UserError
-from lib.models import _base_of, read_family
+from lib.families import read_family
+from lib.models import base_of
 from lib.neurons import load_activations
 from lib.probes import load_probe
 from lib.vectors import read_words
@@ -49,7 +50,7 @@ READERS = {
         (RECORD / "measurements.jsonl").read_bytes()[:3000],
     ),
     "adapter": (
-        lambda file: _base_of(file.parent, "--post"), "adapter_config.json",
+        lambda file: base_of(file.parent, "--post"), "adapter_config.json",
         b'{"base_model_name_or_path": "m", "revision": null}',
     ),
 }  # fmt: skip

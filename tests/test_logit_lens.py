@@ -11,9 +11,9 @@ from test_opposing_effects import arguments
 from test_traces import PROMPTS
 
 from lib.errors import UserError
+from lib.families import FAMILIES as KINDS
+from lib.families import reach
 from lib.generation import batches
-from lib.models import FAMILIES as KINDS
-from lib.models import reach
 
 script = load_script("logit_lens")
 

@@ -7,7 +7,7 @@ import pytest
 
 from lib import paper
 from lib.errors import UserError
-from lib.metrics import identity, mask, repetition, scorer, token_f1
+from lib.metrics import mask, repetition, scorer, token_f1
 from lib.statistics import Bootstrap, largest_within
 
 
@@ -90,10 +90,10 @@ def test_another_list_of_words_is_another_scorer(tmp_path):
     """So that nothing scored by the list as it was is found in the cache, or in a run that goes on."""
     words = tmp_path / "own.txt"
     words.write_text("sad")
-    before = identity(f"words:{words}")
+    before = scorer(f"words:{words}").identity
     words.write_text("sad awful")
-    assert identity(f"words:{words}") != before and str(words) in before
-    assert identity("words").startswith("words ") and identity("hf:a/b") == "hf:a/b"
+    assert scorer(f"words:{words}").identity != before and str(words) in before
+    assert scorer("words").identity.startswith("words ")
 
 
 def test_a_probe_of_another_model_scores(tiny, cache):

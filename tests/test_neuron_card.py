@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
 
+from lib.families import mlp_out, value_vectors, write_gain
 from lib.generation import prompt_ids
-from lib.models import mlp_out, value_vectors, write_gain
 
 SCRIPT = "experiments/neuron_card.py"
 

@@ -90,8 +90,8 @@ def test_a_layer_that_does_not_change_has_no_correlation():
 def test_value_vectors_are_compared_with_themselves(family, tiny):
     from transformers import AutoModelForCausalLM
 
-    from lib.models import FAMILIES as KINDS
-    from lib.models import reach
+    from lib.families import FAMILIES as KINDS
+    from lib.families import reach
 
     base, post = (AutoModelForCausalLM.from_pretrained(tiny(family)) for _ in range(2))
     assert script.lowest_value_cosine(post, base) == pytest.approx(1)

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from lib import evaluation, interventions, metrics, neurons, paper, probes, protocol
 from lib.data import Dataset
+from lib.families import FAMILIES as KINDS
+from lib.families import layers, mlp_out, reach, value_vectors, write_gain
 from lib.generation import NEW_TOKENS, batches, right_padded
 from lib.interventions import NO_EDIT
-from lib.models import FAMILIES as KINDS
-from lib.models import layers, load, mlp_out, reach, resolve, value_vectors, write_gain
+from lib.models import load, resolve
 from lib.protocol import FAITHFUL, SOUND, with_released
 from lib.statistics import Bootstrap
 
@@ -49,7 +50,7 @@ def no_scores(continuations):
 
 def measured(model, settings, edit=NO_EDIT, prompts=PROMPTS, scorer=no_scores, brief=False, seen=None):
     """What is measured of an edit under a protocol, and the texts; seen: collects what `generate` was called with."""
-    tokens = evaluation.make_texts(model, prompts, PASSAGES, "--passages here", settings)
+    tokens = evaluation.make_texts(model.tokenizer, 256, prompts, PASSAGES, "--passages here", settings)
 
     def generate(model, batch, edit, where):
         if seen is not None:
@@ -391,7 +392,7 @@ def test_l_a_model_that_reads_more_gets_windows_of_1024(traced, monkeypatch):
     model = traced("llama")
     monkeypatch.setattr(model._module.config, "max_position_embeddings", 4096)
     passages = texts("passages", "text")[:12]
-    tokens = evaluation.make_texts(model, PROMPTS, passages, "", with_released("perplexity_windows"))
+    tokens = evaluation.make_texts(model.tokenizer, 256, PROMPTS, passages, "", with_released("perplexity_windows"))
     assert {len(row) for row in tokens.windows[:-1]} == {1024} and 0 < len(tokens.windows[-1]) <= 1024
     assert sum(tokens.windows, []) == model.tokenizer("\n\n".join(passages))["input_ids"]
 

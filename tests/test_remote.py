@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lib import neurons, weights
+from lib.adapters import adapted
 from lib.errors import UserError
+from lib.families import key, layers, mlp_out, value_vectors
 from lib.generation import batches, greedy
-from lib.models import Source, adapted, key, layers, load, load_like, mlp_out, resolve, value_vectors
+from lib.models import Source, load, load_like, resolve
 from lib.probes import Probe
 from lib.remote import at_weights, session
 

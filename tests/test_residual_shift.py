@@ -10,8 +10,8 @@ from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
 from lib import observation
-from lib.models import FAMILIES as KINDS
-from lib.models import reach
+from lib.families import FAMILIES as KINDS
+from lib.families import reach
 from lib.remote import at_weights
 
 script = load_script("residual_shift")

@@ -9,10 +9,10 @@ from conftest import FAMILIES, ROOT, WIDTH, load_script, run, texts
 from test_cli import inputs  # noqa: F401  a fixture
 from test_traces import left_batch, raw_generate, raw_nll
 
+from lib.families import FAMILIES as KINDS
+from lib.families import reach
 from lib.generation import right_padded, windows
 from lib.interventions import NO_EDIT
-from lib.models import FAMILIES as KINDS
-from lib.models import reach
 
 script = load_script("steer")
 ALL, LAST = slice(None), slice(-1, None)

@@ -9,8 +9,8 @@ from conftest import FAMILIES, LAYERS, NEURONS, ROOT, WIDTH, Run, load_script, r
 from test_cli import inputs  # noqa: F401  a fixture
 
 from lib import neurons, protocol
-from lib.models import FAMILIES as KINDS
-from lib.models import reach, value_vectors, write_gain
+from lib.families import FAMILIES as KINDS
+from lib.families import reach, value_vectors, write_gain
 from lib.probes import Probe
 
 script = load_script("toxic_neurons_not_enough")

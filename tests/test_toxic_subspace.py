@@ -12,8 +12,8 @@ from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
 from lib import observation, vectors
-from lib.models import FAMILIES as KINDS
-from lib.models import reach
+from lib.families import FAMILIES as KINDS
+from lib.families import reach
 
 SCRIPT = "experiments/toxic_subspace.py"
 script = load_script("toxic_subspace")

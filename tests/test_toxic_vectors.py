@@ -10,7 +10,7 @@ from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
 
 from lib import paper, vectors
-from lib.models import value_vectors, write_gain
+from lib.families import value_vectors, write_gain
 
 script = load_script("toxic_vectors")
 

@@ -7,9 +7,9 @@ import torch
 from conftest import DEVICE, FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
 
 from lib import interventions, neurons, probes
+from lib.families import FAMILIES as KINDS
+from lib.families import reach, value_vectors, write_gain
 from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
-from lib.models import FAMILIES as KINDS
-from lib.models import reach, value_vectors, write_gain
 from lib.probes import Probe
 
 PROMPTS = [
@@ -277,12 +277,9 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
                     text, return_tensors="pt", padding="max_length", padding_side="left", max_length=128
                 ).to(DEVICE)
                 batch["input_ids"][batch["attention_mask"] == 0] = model.tokenizer.eos_token_id
-                positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-                with torch.no_grad():
-                    expected = raw(
-                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions,
-                        output_hidden_states=True,
-                    ).hidden_states[-1][0].mean(0)  # fmt: skip
+                with torch.no_grad():  # the released code hands over no position ids: padding counts
+                    hidden = raw(**batch, output_hidden_states=True).hidden_states
+                expected = hidden[-1][0].mean(0)
             torch.testing.assert_close(torch.tensor(found[row]), expected.cpu(), rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ from conftest import FAMILIES, LAYERS, NEURONS, WIDTH
 
 from lib import vectors
 from lib.errors import UserError
-from lib.models import value_vectors, write_gain
+from lib.families import value_vectors, write_gain
 from lib.paper import steering_scales
 from lib.probes import Probe
 from lib.protocol import PROTOCOLS

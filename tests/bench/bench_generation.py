@@ -91,8 +91,8 @@ def make_inputs(model, batch_size: int) -> tuple[dict, object]:
     import torch
 
     from lib import data, interventions
+    from lib.families import d_mlp, n_layers
     from lib.generation import batches
-    from lib.models import d_mlp, n_layers
 
     prompts = (data.prompts().items * (1 + batch_size // 64))[:batch_size]
     (batch,) = batches(model.tokenizer, prompts, batch_size, model.device)

@@ -66,7 +66,7 @@ def measure(prompts: int, neurons: int, conditions: int) -> dict:
     model = load(resolve("smollm2"))
     known = data.pair_prompts().items + data.prompts().items
     asked = (known * -(-prompts // len(known)))[:prompts]
-    texts = evaluation.make_texts(model, asked, data.passages().items[:4], "", SOUND)
+    texts = evaluation.make_texts(model.tokenizer, 1024, asked, data.passages().items[:4], "", SOUND)
     script, scorer = patch_script(), metrics.scorer("profanity-check")
     started = time.perf_counter()
     *_, means = mean_activations(model, asked, 64)

@@ -24,7 +24,8 @@ def main(model, device, dtype):
     from timing import row, say
 
     from lib import data
-    from lib.models import FAMILIES, load, reach, resolve
+    from lib.families import FAMILIES, reach
+    from lib.models import load, resolve
     from lib.probes import PADDED_LENGTH, mean_residuals
 
     traced = load(resolve(model), device, dtype)

@@ -117,7 +117,7 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
         *_, last = neurons.mean_activations(model, prompts, n_prompts)
         means.append(last)
     found = neurons.attribute(base, post, probe, *means, with_released("value_vectors"))  # as the papers' code does
-    texts = evaluation.make_texts(base, prompts, passages, "", SOUND)
+    texts = evaluation.make_texts(base.tokenizer, 1024, prompts, passages, "", SOUND)
     scorer, table = metrics.scorer("profanity-check"), {}
     for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}.items():
         measured = evaluation.measure(
@@ -195,12 +195,10 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
 
 def texts_of(tokenizer, passages: list[str]):
     """The windows and F1's prompts and references, as `lib.evaluation.make_texts` cuts them."""
-    from types import SimpleNamespace
-
     from lib.evaluation import make_texts
     from lib.protocol import SOUND
 
-    texts = make_texts(SimpleNamespace(tokenizer=tokenizer), [], passages, "", SOUND)
+    texts = make_texts(tokenizer, 1024, [], passages, "", SOUND)
     return texts.windows, texts.continued
 
 

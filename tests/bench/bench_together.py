@@ -18,9 +18,10 @@ def main(model, device, dtype, rounds):
     from bench_generation import make_inputs, patch_script
     from timing import in_turn, medians, paired, row, say
 
+    from lib.families import mlp_out
     from lib.generation import NEW_TOKENS, greedy
     from lib.interventions import edited
-    from lib.models import load, mlp_out, resolve
+    from lib.models import load, resolve
 
     script, traced = patch_script(), load(resolve(model), device, dtype)
     everywhere, rows = slice(None), []

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from lib.families import FAMILIES, reach
 from lib.generation import batches, greedy
-from lib.models import FAMILIES, reach
 
 
 def load(folder, device: str, dtype):

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from lib import data, evaluation, metrics, remote
+from lib.families import d_mlp, n_layers
 from lib.interventions import shift
-from lib.models import d_mlp, load, n_layers, resolve
+from lib.models import load, resolve
 from lib.protocol import SOUND
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def main(name: str, folder: str, rounds: int) -> None:
     server = remote.Server(600, False)
     models = {"here": load(resolve(folder)), "remote": load(resolve(name, weights=False), hosted=True)}
     prompts, passages = data.prompts("embedded").first(4), data.passages("embedded").first(2)
-    texts = evaluation.make_texts(models["here"], prompts.items, passages.items, "embedded", SOUND)
+    texts = evaluation.make_texts(models["here"].tokenizer, 1024, prompts.items, passages.items, "embedded", SOUND)
     zero = torch.zeros(n_layers(models["here"]), d_mlp(models["here"]))
     edit = shift(zero == 0, zero, zero + 0.1).edit()  # every neuron of every layer
     seconds = {place: [] for place in models}

@@ -1,0 +1,51 @@
+"""Texts as token ids: one opening token where the tokenizer adds one, and nothing that a text can spell into being.
+
+Light, as scripts import it at their top.
+"""
+
+from lib.errors import UserError
+
+
+def opening(tokenizer) -> list[int]:
+    """What the tokenizer puts before every text: its BOS, or nothing. What it would append is left out everywhere."""
+    whole = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return whole[: next(starts, 0)]
+
+
+def plain_text(tokenizer, text: str) -> str:
+    """The text without a BOS that it spells out at its start, as texts do that were decoded with it."""
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+
+
+def encode(tokenizer, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of each text after the opening token, cut on the right to `max_tokens` in all.
+
+    A special token that stands in a text is text like any other: it cannot make a second BOS or an end.
+    """
+    first = opening(tokenizer)
+    rows = inner_ids(tokenizer, [plain_text(tokenizer, text) for text in texts])
+    return [(first + ids)[:max_tokens] for ids in rows]
+
+
+def inner_ids(tokenizer, texts: list[str], **more) -> list[list[int]]:
+    """Token ids of each text alone; with `more` arguments of the tokenizer, all that it returns."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **more)
+    return encoded if more else encoded["input_ids"]
+
+
+def check_vocabulary(tokenizer, vocabulary: int, given: str) -> None:
+    """Raise UserError when texts can become ids that the model has no embedding for.
+
+    vocabulary: rows of the embedding. given: names the model in the message.
+    """
+    special = set(tokenizer.all_special_ids)
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special]
+    if beyond:
+        raise UserError(
+            f"{given}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, beyond the {vocabulary} rows of "
+            "the model's embedding; it is another model's tokenizer."
+        )
