@@ -129,10 +129,10 @@ def _passage(row: dict) -> str:
 
 def _text(row: dict, field: str) -> str:
     value = row.get(field)
+    if value is None:
+        raise ValueError(f"{field!r} is missing, expected some text (the row has {_names(row)})")
     if not isinstance(value, str) or not value.strip():
-        if field not in row:
-            raise ValueError(f"it has no {field!r} (it has {_names(row)})")
-        raise ValueError(f"{field!r} is {'empty' if value in (None, '') else repr(value)[:40]}, expected some text")
+        raise ValueError(f"{field!r} is {repr(value)[:40]}, expected some text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

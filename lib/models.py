@@ -41,13 +41,16 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").split("/")[-1]
 
 
+NO_PART = {"training.json", "run.json", ".written.json", "source.json"}  # of what a model is
+
+
 def folder_sha256(folder: Path) -> str:
     """Hex sha256 over the names and contents of all files of a model folder that can change a number.
 
     That is weights, configurations (of generation too) and tokenizer; not what training left beside them.
     """
     kinds = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
-    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in {"training.json", "run.json"})
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in NO_PART)
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 

@@ -1,7 +1,5 @@
 """What lib, dpo and the scripts compute where a model's weights are: each name a function of a pair of tiny models."""
 
-from dataclasses import replace
-
 import torch
 from conftest import LAYERS, NEURONS, WIDTH, load_script, texts
 
@@ -74,27 +72,37 @@ def directions(base, post) -> list[torch.Tensor]:
 
 
 def trained(model, **changes) -> list[float]:
-    """Losses of a few updates of a copy of the model."""
+    """Losses of three DPO updates of a copy of the model, as `dpo.train` makes them, without its files."""
     import copy
-    import tempfile
-    from pathlib import Path
 
+    from dpo import train
     from dpo.config import Config
-    from dpo.train import train
+    from dpo.data import tokenize
+    from dpo.trainable import choose
     from lib.data import Pair
 
     words = "river stone cloud engine violin harbour".split()
-    pairs = [Pair(f"The {a} and the {b}", f" were {b} and calm.", f" hated {a} {b}") for a in words for b in words[:3]]
-    config = Config(learning_rate=1e-3, warmup=1, steps=4, valid_every=2, save_every=3, max_prompt=16, max_response=8)
-    losses, copied = [], copy.deepcopy(model._module).requires_grad_(True)  # traces need no gradients
+    pairs = [Pair(f"The {a} and the {b}", f" were {b} and calm.", f" hated {a} {b}") for a in words for b in words[:2]]
+    copied = copy.deepcopy(model._module).requires_grad_(True)  # traces need no gradients
     if model.dtype == torch.bfloat16:  # as `python -m dpo --dtype bfloat16`
         changes["dtype"] = "bfloat16"
         copied = copied if "lora" in changes.get("trainable", "") else copied.float()
-    with tempfile.TemporaryDirectory() as folder:
-        train(
-            copied, model.tokenizer, pairs, replace(config, **changes), Path(folder), {},
-            lambda done, of, record: losses.append(record["loss"]),
-        )  # fmt: skip
+    config = Config(learning_rate=1e-3, **changes)
+    torch.manual_seed(0)
+    network, masks = choose(copied, config.trainable)
+    train.prepare(network)
+    tokens = tokenize(model.tokenizer, pairs, 16, 8, False)
+    reference = copy.deepcopy(network).requires_grad_(False) if config.kl_weight else None
+    known = None if reference else train._log_probs(network, tokens, config)
+    optimizer, losses, device = train._optimizer(network, config), [], next(network.parameters()).device
+    for step in range(3):
+        batches = [list(range(4 * step, 4 * step + 2)), list(range(4 * step + 2, 4 * step + 4))]
+        losses.append(train.objective(network, reference, tokens, known, batches, config, device)["loss"])
+        for parameter, mask in masks.items():
+            parameter.grad.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return losses
 
 

@@ -1,6 +1,7 @@
 """The cache and output folders: made once, damage, full disks, races."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -116,12 +117,42 @@ def test_output_appears_whole_or_not_at_all(cache, tmp_path):
         pass
     with artifacts.output(out, {"x": 1}, False) as work:
         assert (work / "row").read_text() == "1", "the same settings go on where the run was"
-    assert sorted(p.name for p in out.iterdir()) == ["row"] and not work.exists()
+    assert sorted(p.name for p in out.iterdir()) == [artifacts.WRITTEN, "row"] and not work.exists()
     with pytest.raises(UserError, match="exists"), artifacts.output(out, {"x": 1}, False):
         pass
     with artifacts.output(out, {"x": 1}, True) as work:
         assert (out / "row").exists(), "the old folder stays until the new one is whole"
-    assert not list(out.iterdir())
+    assert [p.name for p in out.iterdir()] == [artifacts.WRITTEN]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "figures/photo.png", "model.safetensors", ".git"])
+def test_what_others_wrote_is_never_replaced(cache, tmp_path, name):
+    """Neither a folder of theirs, nor one of ours that they put something into, nor through a link to it."""
+    out = tmp_path / "out"
+    for ours in (False, True):
+        if ours:
+            with artifacts.output(out, {"x": 1}, True) as work:
+                (work / "run.json").write_text('{"script": "a", "provenance": {}}')
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("theirs")
+        (tmp_path / f"link{ours}").symlink_to(out)
+        for given in (out, tmp_path / f"link{ours}", tmp_path / "no" / ".." / "out"):
+            with pytest.raises(UserError, match="no script here wrote"), artifacts.output(given, {"x": 1}, True):
+                pass
+        assert (out / name).read_text() == "theirs"
+        (out / name).unlink()
+        if not ours:
+            shutil.rmtree(out)
+
+
+def test_a_file_in_the_place_of_a_folder(cache, tmp_path):
+    (tmp_path / "out").write_text("theirs")
+    for overwrite in (False, True):
+        with pytest.raises(UserError), artifacts.output(tmp_path / "out", {"x": 1}, overwrite):
+            pass
+    with pytest.raises(UserError, match="can be written"), artifacts.output(tmp_path / "out" / "deeper", {}, False):
+        pass
+    assert (tmp_path / "out").read_text() == "theirs"
 
 
 HOLD = """

@@ -187,8 +187,13 @@ def test_a_scorer_whose_weights_cannot_be_fetched(inputs, tmp_path, monkeypatch)
 
 def test_dpo_and_probe_refuse_bad_input(tmp_path, tiny):
     (tmp_path / "bad.jsonl").write_text('{"prompt_text": "x", "unpert_gen_text": "y"}\n')
-    fails(["-m", "dpo"], "'pert_gen_text' is missing", tmp_path, changed={"--pairs": tmp_path / "bad.jsonl"})
+    fails(
+        ["-m", "dpo"],
+        "known are prompt_text, unpert_gen_text, pert_gen_text",
+        tmp_path,
+        changed={"--pairs": tmp_path / "bad.jsonl"},
+    )
     changed = {"--comments": tmp_path / "bad.jsonl", "--model": tiny("llama")}
-    fails(["experiments/train_probe.py"], "line 1: 'toxic' is None", tmp_path, changed=changed)
+    fails(["experiments/train_probe.py"], "line 1: 'comment_text' is missing", tmp_path, changed=changed)
     for script in ("experiments/train_probe.py", "experiments/make_pairs.py"):
         fails([script], "'auto' is not a valid integer", tmp_path, changed={"--batch-size": "auto"})

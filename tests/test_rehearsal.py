@@ -86,7 +86,7 @@ def test_probe_training_and_pairs(tiny, tmp_path):
     assert dry.returncode == 0 and "25 updates of 4 of 230 pairs, 26 held out" in dry.stdout, dry.stderr[-2000:]
     assert "warm-up" not in dry.stdout
     dry = run("-m", "dpo", *model, "--preset", "yang2025", "--dry-run", cwd=ROOT, **environment)
-    assert "72 updates of 16" in dry.stdout and "within the warm-up of 150" in dry.stdout, dry.stderr[-2000:]
+    assert "72 updates of 16" in dry.stdout and "the warm-up is 7" in dry.stderr, dry.stderr[-2000:]
     pairs = ["--limit", "4", "--method", "best-of-n", "--scorer", "words", "--probe", "none"]
     dry = run(ROOT / "experiments/make_pairs.py", *model, *pairs, "--dry-run", cwd=tmp_path, **environment)
     assert dry.returncode == 0 and "24 forward passes" in dry.stdout, dry.stderr[-2000:]
