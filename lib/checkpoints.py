@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lib.errors import UserError, brief
 from lib.families import FAMILIES, Family
+from lib.tokens import special_ids
 
 # What `--trainable biases` adds where an architecture has no place for it stands in files of this variant's name:
 # plain transformers finds no weights then, where it would load the base model under the name `model.safetensors`.
@@ -155,6 +156,7 @@ def merged(module, source):
     """
     import peft
     import torch
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import SafetensorError
 
     adapter = Path(source.adapter)
@@ -165,7 +167,7 @@ def merged(module, source):
         raise UserError(f"{source.name}: not a readable adapter in PEFT's format ({brief(error)}).") from error
     if not weights:
         raise UserError(f"{source.name}: adapter_model.safetensors holds no weight; train or copy the adapter anew.")
-    device, base_names = next(module.parameters()).device, set(dict(module.named_parameters()))
+    device = next(module.parameters()).device
     untie(module, config, weights)
     try:
         with warnings.catch_warnings():
@@ -175,8 +177,12 @@ def merged(module, source):
             found = peft.set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=device.type == "meta")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{source.name}: the adapter does not fit {source.path} ({brief(error)}).") from error
-    own = {name for name, _ in adapted.named_parameters()}
-    missing = sorted(key for key in found.missing_keys if key in own and is_adapter_s(key, base_names))
+    parts = (
+        PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) or "prompt_encoder",
+        ".modules_to_save.",
+        ".token_adapter.",
+    )
+    missing = sorted(key for key in found.missing_keys if any(part in key for part in parts))
     wrong = missing or sorted(found.unexpected_keys)
     if wrong:
         which = "are not in the file" if missing else "have no place in the model"
@@ -193,12 +199,6 @@ def merged(module, source):
             return adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{source.name}: the adapter cannot be merged ({brief(error)}).") from error
-
-
-def is_adapter_s(key: str, base_names: set[str]) -> bool:
-    """Whether a parameter of an adapted model belongs to the adapter: the base model's own are wrapped, not renamed."""
-    plain = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-    return plain not in base_names
 
 
 def untie(module, config, weights: dict) -> None:
@@ -233,16 +233,22 @@ def read_tokenizer(source):
 def check_same_vocabulary(tokenizer, post, given: str) -> None:
     """Raise UserError when the model after DPO was trained with other tokens than the base model's.
 
-    One without a tokenizer of its own is taken to have the base model's, and so are tokens added at the end.
+    One without a tokenizer of its own is taken to have the base model's; special tokens beyond the other's, such as one
+    for padding, stand in no text.
     """
-    if not any((Path(post.path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    own = Path(post.path) / "tokenizer.json"
+    if not own.exists():
         return
-    theirs, ours = read_tokenizer(post).get_vocab(), tokenizer.get_vocab()
-    if other := [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]:
+    same = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if same.exists() and same.read_bytes() == own.read_bytes():  # reading a tokenizer of 262,144 tokens takes seconds
+        return
+    ours, theirs = (
+        {token: i for token, i in one.get_vocab().items() if i not in special}
+        for one, special in ((one, special_ids(one)) for one in (tokenizer, read_tokenizer(post)))
+    )
+    if other := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        token = other[0]
         raise UserError(
-            f"{given}: its tokenizer is not the base model's ({other[0]!r} is token {theirs[other[0]]}, not "
-            f"{ours[other[0]]}); compare models with one vocabulary."
+            f"{given}: its tokenizer is not the base model's ({len(other)} tokens differ: {token!r} is "
+            f"{theirs.get(token, 'none')} there, {ours.get(token, 'none')} here); compare models of one vocabulary."
         )
-    if len(ours.keys() & theirs.keys()) < min(len(ours), len(theirs)):
-        other = sorted(theirs.keys() - ours.keys())[0]
-        raise UserError(f"{given}: its tokenizer has tokens, such as {other!r}, that the base model's has not.")

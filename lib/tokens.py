@@ -37,12 +37,17 @@ def inner_ids(tokenizer, texts: list[str], **more) -> list[list[int]]:
     return encoded if more else encoded["input_ids"]
 
 
+def special_ids(tokenizer) -> set[int]:
+    """Ids that no text makes (see `encode`)."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def check_vocabulary(tokenizer, vocabulary: int, given: str) -> None:
     """Raise UserError when texts can become ids that the model has no embedding for.
 
     vocabulary: rows of the embedding. given: names the model in the message.
     """
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special]
     if beyond:
         raise UserError(
