@@ -233,8 +233,8 @@ def _parquet_rows(raw: bytes, option: str):
 
 def _csv_rows(text: str, option: str):
     before = csv.field_size_limit(len(text) + 1)
-    # newline="": lines end where CSV says, not at every character that Unicode calls a line's end
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # Lines end at \n, not at every character that Unicode calls a line's end; a lone \r outside quotes is an error.
+    reader = csv.DictReader(io.StringIO(text, newline="\n"), strict=True)
     try:
         for row in reader:
             if None in row:
