@@ -38,6 +38,7 @@ from lib import (
     results,
     tables,
     tokens,
+    weights,
 )
 from lib.data import Dataset
 from lib.errors import UserError
@@ -47,6 +48,7 @@ from lib.protocol import PROTOCOLS, Protocol, with_released
 from lib.statistics import Bootstrap
 
 HOSTED_BATCH = 48  # prompts at once on a server with --batch-size auto: its memory is not known here
+ENOUGH_LEFT = 0.99  # cosine of DPO's update, as rounded, with itself; below it is said
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
 
 
@@ -115,6 +117,7 @@ class Experiment:
     first_post: Any  # the first seed's model after DPO until its stage, or None
     remote: Any  # False, "local" or the NDIF service
     given_means: neurons.Means | None  # after DPO, from --post means:FILE: there is no model after DPO then
+    update_left: dict | None  # of the first seed's DPO in this dtype; see `lib.weights.update_left`
     measured: dict[Condition, dict] = dataclasses.field(default_factory=dict)
     neurons: dict[Condition, int] = dataclasses.field(default_factory=dict)
     directions: dict[int, list] = dataclasses.field(default_factory=dict)  # seed -> control directions of its probe
@@ -398,6 +401,7 @@ class Experiment:
                 settings=self.settings,
                 data={"prompts": self.prompts.provenance, "passages": self.passages.provenance},
                 dtype=str(self.base.dtype).removeprefix("torch."),
+                **({"update_left": self.update_left} if self.update_left else {}),
                 device=self.device,
                 seconds=round(time.monotonic() - self.started, 1),
                 **({"remote": self.remote.record()} if self.hosted else {}),
@@ -512,13 +516,22 @@ def begin(
         probes.load_probe(file, shape.d_model)
     first_post = models.load_like(base, first, device, dtype, bool(server)) if first else None
     given_means = chain.given_means(options, shape) if "post" in needs else None
+    kept = None
+    if first and not hosted and not first.adapter:
+        kept = weights.update_left(Path(source.path), Path(first.path), dtype) if dtype != "float32" else None
+    if kept and kept["cosine"] < ENOUGH_LEFT:
+        _stderr().print(
+            f"In {dtype} {100 * kept['entries']:.0f} % of the weights that DPO changed still differ, and what is left "
+            f"of its update has a cosine of {kept['cosine']:.2f} with it; --dtype float32 keeps all of it.",
+            soft_wrap=True,
+        )
     settings = chain.settings({**options, **scorers, "dtype": dtype}, source, made, prompts, passages, device)
     with artifacts.output(out, settings, options["overwrite"]) as work:
         if "rehearsal" not in options:
             _stderr().print(f"Output: {out}   (until it is finished: {work.name})", soft_wrap=True, markup=False)
         yield Experiment(
             script, options, protocol, seeds, source, base, device, dtype, batch_size, prompts, mean_prompts, passages,
-            texts, toxicity, second, made, work, out, settings, started, first_post, server, given_means,
+            texts, toxicity, second, made, work, out, settings, started, first_post, server, given_means, kept,
         )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def write(run, rows: list[dict], published: dict, **params) -> dict:
             runs=run.settings["runs"],
             data={"prompts": run.prompts.provenance},
             dtype=str(run.base.dtype).removeprefix("torch."),
+            **({"update_left": run.update_left} if run.update_left else {}),
             device=run.device,
             seconds=round(time.monotonic() - run.started, 1),
             **({"remote": run.remote.record()} if run.hosted else {}),

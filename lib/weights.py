@@ -1,11 +1,60 @@
-"""How far training moved a model's weights."""
+"""How far training moved a model's weights, and how much of that a narrower dtype keeps."""
+
+import math
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from lib.families import FAMILIES, torch_module, value_vectors, write_gain
 
 KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",), "MLP": ("mlp",)}
 CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes
+
+
+def update_left(base: Path, post: Path, dtype: str) -> dict[str, float] | None:
+    """What is left of training's update when both models' weights are rounded to a dtype, from their files.
+
+    Args:
+        base, post: folders of safetensors of the models before and after.
+        dtype: `bfloat16` or `float32`.
+
+    Returns: `cosine` of the rounded models' difference with the true one, and the share of changed `entries` that
+        still differ; None: nothing is rounded, or nothing differs. Sums are in float64.
+    """
+    target, before = getattr(torch, dtype), stored_tensors(base)
+    dot = own = left = changed = differing = 0.0
+    for name, (file, key) in stored_tensors(post).items():
+        if name not in before:
+            continue
+        first, second = (tensor_of(*place).flatten() for place in (before[name], (file, key)))
+        if first.shape != second.shape:
+            continue
+        for x, y in zip(first.split(CHUNK), second.split(CHUNK), strict=True):
+            true = y.double() - x.double()
+            rounded = y.to(target).double() - x.to(target).double()
+            dot, own, left = dot + float(true @ rounded), own + float(true @ true), left + float(rounded @ rounded)
+            changed += int((true != 0).sum())
+            differing += int(((rounded != 0) & (true != 0)).sum())
+    if not changed or left == own == dot:
+        return None
+    return {"cosine": dot / math.sqrt(own * left) if left else 0.0, "entries": differing / changed}
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
+    """{a weight's name without the base class's prefix: (file, name in it)} of a folder's safetensors."""
+    places = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                places[key.removeprefix("transformer.").removeprefix("model.")] = (file, key)
+    return places
+
+
+def tensor_of(file: Path, key: str) -> torch.Tensor:
+    """One tensor of a file."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(key)
 
 
 def changes(post, base) -> dict[str, dict[str, float]]:

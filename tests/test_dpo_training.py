@@ -245,3 +245,40 @@ def test_presets_hold_the_published_hyperparameters():
     weights_by_model = [make_config("yang2025", m).kl_weight for m in ("gpt2", "llama", "gemma", "mistral")]
     assert weights_by_model == [0.02, 0.1, 0.05, 0.05]
     assert make_config("embedded", "gemma-270m", steps=3).steps == 3 and PRESETS["embedded"].kl_weight == 0
+
+
+def test_bfloat16_keeps_what_it_trains_in_float32(tiny, tmp_path):
+    """Steps are smaller than bfloat16 can hold: weights that are trained must not be in it, and move as in float32."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = replace(QUICK, learning_rate=1e-6, warmup=0, steps=3, dtype=dtype)
+        train(*start(tiny), PAIRS, config, tmp_path / dtype, {})
+        found[dtype] = weights(tmp_path / dtype)
+    before = weights(tiny("llama"))
+    moved = {dtype: sum(int((w != before[name]).sum()) for name, w in held.items()) for dtype, held in found.items()}
+    assert {w.dtype for w in found["bfloat16"].values()} == {torch.float32}
+    assert moved["bfloat16"] > 0.9 * moved["float32"] > 0
+    model, tokenizer = start(tiny)
+    with pytest.raises(UserError, match="round most steps away"):
+        train(model.bfloat16(), tokenizer, PAIRS, QUICK, tmp_path / "narrow", {})
+
+
+def test_a_token_that_spans_prompt_and_response():
+    """Both sides answer one prompt: they begin where the first of them does."""
+    tokenizer = build_tokenizer(True)
+    assert " the" in tokenizer.decode([tokenizer(" the")["input_ids"][1]]), "one token, or this shows nothing"
+    pairs = [Pair("The bank of t", "he river", "zz"), Pair("The river", " runs", " sleeps")]
+    spanning, plain = tokenize(tokenizer, pairs, 64, 64, append_eos=False)
+    assert plain.spanning is False and plain.chosen_start == plain.rejected_start
+    assert spanning.spanning is True and spanning.chosen_start == spanning.rejected_start
+    assert spanning.chosen[: spanning.chosen_start] == spanning.rejected[: spanning.rejected_start]
+    for ids, response in ((spanning.chosen, "he river"), (spanning.rejected, "zz")):
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "The bank of t" + response
+
+
+@pytest.mark.parametrize("text", ["<bos>The river", "The <eos> river", "<pad>", "a<bos>b"])
+def test_no_text_makes_a_special_token(text):
+    tokenizer = build_tokenizer(True)
+    (pair,) = tokenize(tokenizer, [Pair(text, f" {text} x", f" y {text}")], 64, 64, append_eos=False)
+    for ids in (pair.chosen, pair.rejected):
+        assert ids[0] == tokenizer.bos_token_id and not set(ids[1:]) & set(tokenizer.all_special_ids)

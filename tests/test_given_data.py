@@ -21,7 +21,7 @@ from lib.errors import UserError
 
 CASES = 160
 ODD = [
-    "plain text here", "a line end\nwithin", "a carriage return\rwithin", "next line \x85 there", 
+    "plain text here", "a line end\nwithin", "a carriage return\rwithin", "next line \x85 there",
     "separator \u2028 there",
     "paragraph \u2029 there", "vertical \x0b tab", "form \x0c feed", "file \x1c separator", "commas, and, more", 'a "quote"',
     "tab\tthere", "back\\slash \\n", "emoji 🙂 and é", "nul \x00 byte", "<bos>opened", "ends with space ", "a" * 140_000,

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file, save_file
+from test_cli import PATCH, inputs  # noqa: F401  a fixture
 
-from lib.weights import changes
+from lib import models
+from lib.weights import changes, update_left
 
 
 def test_changes_by_hand():
@@ -28,3 +32,52 @@ def test_changes_by_hand():
     }  # fmt: skip
     assert found["all"]["entries"] == 4 and found["all"]["changed"] == 2
     assert found["all"]["relative_change"] == pytest.approx(0.5**0.5 / 13)
+
+
+def folders(tmp_path, before: dict, after: dict):
+    for name, weights in (("base", before), ("post", after)):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+    return tmp_path / "base", tmp_path / "post"
+
+
+def test_what_rounding_leaves_of_an_update_by_hand(tmp_path):
+    """bfloat16 has 8 bits: above 1 its steps are 1/128. A change of half of that and less is lost, or doubled."""
+    before = {"model.a": torch.tensor([1.0, 1.0, 1.0, 1.0])}
+    after = {"a": torch.tensor([1.0 + 1 / 128, 1.0 + 1 / 1024, 1.0 + 3 / 512, 1.0])}  # named by the base class
+    found = update_left(*folders(tmp_path, before, after), "bfloat16")
+    true, rounded = torch.tensor([8.0, 1.0, 6.0]) / 1024, torch.tensor([8.0, 0.0, 8.0]) / 1024
+    cosine = float(true @ rounded / (true.norm() * rounded.norm()))
+    assert found == {"cosine": pytest.approx(cosine), "entries": pytest.approx(2 / 3)}
+    assert update_left(tmp_path / "base", tmp_path / "post", "float32") is None
+
+
+def test_a_run_says_how_much_rounding_leaves(inputs, tiny, tmp_path):  # noqa: F811
+    post = tmp_path / "post"
+    post.mkdir()
+    for file in tiny("llama").iterdir():
+        (post / file.name).write_bytes(file.read_bytes())
+    moved = {name: w + 1e-4 * torch.randn_like(w) for name, w in load_file(post / "model.safetensors").items()}
+    save_file(moved, post / "model.safetensors", {"format": "pt"})
+    given = [str(part) for pair in {**inputs, "--post": post, "--sets": "top256"}.items() for part in pair]
+    for dtype, said in (("bfloat16", True), ("auto", False)):
+        done = run(PATCH, *given, "--dtype", dtype, "--out", tmp_path / dtype, cwd=ROOT)
+        assert done.returncode == 0 and ("still differ" in done.stderr) == said, done.stderr[-800:]
+
+
+def test_auto_is_the_dtype_that_something_was_trained_in(tmp_path, monkeypatch):
+    """On a GPU: float32 where one of the two is, bfloat16 where both are or where float32 does not fit."""
+    weight = torch.ones(64, 64)
+    wide, narrow = folders(tmp_path, {"a": weight}, {"a": weight.bfloat16()})
+    wide, narrow = (models.Source(str(path), str(path), "") for path in (wide, narrow))
+    adapted = models.Source("a", narrow.path, "", adapter=narrow.path)
+    free = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+    for compared, trained, expected in (
+        ([wide, wide], False, "float32"), ([narrow, wide], False, "float32"), ([narrow, narrow], False, "bfloat16"),
+        ([narrow], True, "float32"), ([narrow, adapted], False, "float32"),
+    ):  # fmt: skip
+        assert models.pick_dtype("auto", "cuda", compared, trained) == expected, (compared, trained)
+    free = 4 * weight.numel()
+    assert models.pick_dtype("auto", "cuda", [wide, wide]) == "bfloat16"
+    assert models.pick_dtype("auto", "cpu", [narrow, narrow]) == models.pick_dtype("float32", "cuda", []) == "float32"
