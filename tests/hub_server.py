@@ -1,6 +1,7 @@
 """A Hub on 127.0.0.1 for tests: folders `root/<owner>/<name>` and `root/datasets/<owner>/<name>`, with faults by name.
 
-A repository whose name starts with `gated` answers 403, `private` 401, `truncated` sends half of each weight file.
+A repository whose name starts with `gated` answers 403, `private` 401, `truncated` sends half of each weight file. One
+that holds a file `.gated` answers 403 to whoever brings no token. Every file that is sent is noted in `sent`.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+sent: list[str] = []
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -39,6 +41,8 @@ def make_handler(root: Path):
             parts = parts[1:] if api else parts
             dataset = parts[0] == "datasets"
             parts = parts[1:] if parts[0] in {"models", "datasets"} else parts
+            if (root / parts[0] / "config.json").is_file():  # a model of the Hub's first years, without an owner
+                parts = ["", *parts]
             if len(parts) < 2:
                 return self.answer(404)
             folder = root / ("datasets" if dataset else "") / parts[0] / parts[1]
@@ -59,11 +63,14 @@ def make_handler(root: Path):
                 return self.answer(404, b"", X_Error_Code="RevisionNotFound", X_Error_Message="Revision not found")
             if not file.is_file():
                 return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
-            if parts[1].startswith("gated"):
+            closed = (folder / ".gated").is_file() and "Authorization" not in self.headers
+            if parts[1].startswith("gated") or closed:
                 return self.answer(403, b"", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
             if parts[1].startswith("private"):
                 return self.answer(401, b"", X_Error_Code="GatedRepo", X_Error_Message="Log in")
             body = file.read_bytes()
+            if self.command == "GET":
+                sent.append("/".join(part for part in [*parts[:2], *parts[4:]] if part))
             headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
             if parts[1].startswith("truncated") and file.suffix == ".safetensors" and self.command == "GET":
                 self.send_response(200)

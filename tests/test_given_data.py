@@ -23,8 +23,9 @@ CASES = 160
 ODD = [
     "plain text here", "a line end\nwithin", "a carriage return\rwithin", "next line \x85 there",
     "separator \u2028 there",
-    "paragraph \u2029 there", "vertical \x0b tab", "form \x0c feed", "file \x1c separator", "commas, and, more", 'a "quote"',
-    "tab\tthere", "back\\slash \\n", "emoji 🙂 and é", "nul \x00 byte", "<bos>opened", "ends with space ", "a" * 140_000,
+    "paragraph \u2029 there", "vertical \x0b tab", "form \x0c feed", "file \x1c separator", "commas, and, more",
+    'a "quote"', "tab\tthere", "back\\slash \\n", "emoji 🙂 and é", "nul \x00 byte", "<bos>opened", "ends with space ",
+    "a" * 140_000,
     "zero \u200b width", "right \u202e to left", "{json: 1}", "'single'", "\ufeffmark", "mixed\r\nends",
 ]  # fmt: skip
 KINDS = {
