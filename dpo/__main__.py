@@ -69,7 +69,7 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
     from dpo.trainable import read
     from lib import artifacts, checkpoints, data, tokens
     from lib.families import shape_of
-    from lib.models import pick_device, resolve
+    from lib.models import pick_device, resolve, stored_entries
 
     if out:
         artifacts.check_output(Path(out), overwrite)
@@ -112,6 +112,9 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
 
     place = sharding.begin(device)
 
+    size = 4 * sum(stored_entries(Path(source.path)).values())  # float32: the best checkpoint, and the saved state's
+    needs_bytes = size * (4 if config.trainable == "all" else 3)  # weights and averages, the new beside the old
+
     def build(folder: Path) -> None:
         run(source, loaded, config, place, sharding.said_by_first(folder))
 
@@ -120,12 +123,12 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
             if folder := sharding.said_by_first(None):
                 run(source, loaded, config, place, folder)
         elif out:
-            with artifacts.output(Path(out), fields, overwrite) as folder:
+            with artifacts.output(Path(out), fields, overwrite, needs_bytes) as folder:
                 build(folder)
             click.echo(out)
         else:
             there = artifacts.is_whole(artifacts.folder_of("dpo", fields))
-            made = artifacts.make("dpo", fields, build, resumable=True)
+            made = artifacts.make("dpo", fields, build, needs_bytes, resumable=True)
             if there:
                 sharding.said_by_first(None)
             click.echo(made)

@@ -68,8 +68,12 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
             main.callback(method, samples, gap, prompts, file, **given)
     name, seed, batch_size = options["model"], options["seed"], options["batch_size"]
     out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
+    about_file = out.with_suffix(".about.json")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists; choose another file or add --overwrite.")
+    ours = "min_gap" in artifacts.read_object(about_file)
+    if theirs := [file for file in (out, about_file, out.with_suffix(".png")) if file.exists() and not ours]:
+        raise UserError(f"--out {out}: {theirs[0]} is there and was not written by this script; choose another file.")
     texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
     scored_by = default_scorer(name, options["scorer"])
     toxicity = metrics.scorer(scored_by)
@@ -126,7 +130,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
         )
     about = {"min_gap": min_gap, "kept": len(kept), "dropped": len(whole) - len(kept), "seconds_per_prompt": seconds}
     about |= results.provenance(data={"prompts": texts.provenance})
-    results.write_json(out.with_suffix(".about.json"), settings | about)
+    results.write_json(about_file, settings | about)
     plots.pair_sides([pair for pair in whole if pair], min_gap, out.with_suffix(".png"))
     results.write_lines(out, kept)
     unfinished.unlink()

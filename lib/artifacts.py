@@ -34,6 +34,20 @@ def cache_root() -> Path:
         raise UserError("there is no home folder for the cache; set DPO_NEURONS_CACHE to a folder.") from error
 
 
+def in_cache(name: str) -> Path:
+    """A subfolder of the cache, made where it is missing. Raises UserError: it cannot be written."""
+    folder = cache_root() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_root()} cannot be written ({error.strerror}); set DPO_NEURONS_CACHE to a folder that can."
+        ) from error
+    return folder
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of packages whose numbers an artifact is made of: part of its key."""
     return {name: version(name) for name in packages}
@@ -82,20 +96,17 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
     folder = folder_of(kind, fields)
     if is_whole(folder):
         return folder
+    in_cache(kind)
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if is_whole(folder):
                 return folder
             if folder.exists():
                 click.echo(f"Warning: the cached {kind} in {folder} is damaged and is made again.", err=True)
                 shutil.rmtree(folder)
-            free = shutil.disk_usage(folder.parent).free
-            if free < needs_bytes:
-                raise UserError(
-                    f"the cache {cache_root()} has {free / 1e9:.1f} GB free and making {kind} needs "
-                    f"{needs_bytes / 1e9:.1f} GB; free some or set DPO_NEURONS_CACHE to a larger disk."
-                )
+            check_free(
+                folder.parent, needs_bytes, f"the cache {cache_root()}", "set DPO_NEURONS_CACHE to a larger disk"
+            )
             work = folder.with_name(folder.name + ".partial")
             if not resumable:
                 shutil.rmtree(work, ignore_errors=True)
@@ -110,6 +121,15 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
             (work / MANIFEST).write_text(json.dumps({"fields": fields, "sizes": sizes}, indent=1, sort_keys=True))
             work.rename(folder)
     return folder
+
+
+def check_free(place: Path, needs_bytes: int, name: str, instead: str) -> None:
+    """Raise UserError where a disk has less free than is needed."""
+    free = shutil.disk_usage(place).free
+    if free < needs_bytes:
+        raise UserError(
+            f"{name} has {free / 1e9:.1f} GB free, {needs_bytes / 1e9:.1f} GB are needed; free some, or {instead}."
+        )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -157,7 +177,7 @@ def read_object(path: Path) -> dict:
 
 
 @contextmanager
-def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
+def output(folder: Path, settings: dict, overwrite: bool, needs_bytes: int = 0) -> Iterator[Path]:
     """Context that gives a work folder beside `folder` and puts it in its place when the block succeeds.
 
     A block that fails or is killed leaves the work folder, and the next run with the same settings goes on in it; a
@@ -171,11 +191,12 @@ def output(folder: Path, settings: dict, overwrite: bool) -> Iterator[Path]:
 
     folder = folder.resolve()
     check_output(folder, overwrite)
+    parent = next(parent for parent in folder.parents if parent.exists())
+    check_free(parent, needs_bytes, f"--out {folder}: {parent}", "choose another disk")
     work = folder.with_name(folder.name + ".partial")
-    locks = cache_root() / "locks"
+    locks = in_cache("locks")
     wanted = json.dumps({**settings, "code": settings.get("code") or running_code()}, indent=1, sort_keys=True)
     with writing(folder):
-        locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / hashlib.sha256(str(folder).encode()).hexdigest()[:16])
         try:
             lock.acquire(timeout=0)

@@ -12,6 +12,7 @@
 | `gaussian` | the whole procedure | the probe: a random direction instead |
 | `permuted_labels` | the whole procedure | the probe's labels: fitted on shuffled ones |
 
+Tensors in and out are float64 or bool on the CPU.
 `matched` draws from outside the set while they last: of a set that holds half of all neurons, nearly the other half.
 """
 

@@ -22,6 +22,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -47,6 +48,8 @@ def _explain(error: BaseException) -> str:
         return "a download broke off; run the command again to go on with it."
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and the files are not in the local cache; unset it once, or give a local folder."
     return (
         "the Hub cannot be reached and the files are not in the local cache; check the network (and HF_ENDPOINT), "
         "or use --model gemma-270m with the embedded data, which need none."

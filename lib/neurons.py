@@ -1,4 +1,8 @@
-"""Mean activations of all neurons, what each contributes to the toxic direction, and the four groups."""
+"""Mean activations of all neurons, what each contributes to the toxic direction, and the four groups.
+
+All that is `[n_layers, d_mlp]` and leaves a function here is float64 (masks: bool) on the CPU, whatever the model's
+device and dtype; sums are taken in float64 where the model is.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def load_probe(path: str | Path, d_model: int) -> Probe:
 
 
 def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=False) -> np.ndarray:
-    """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32.
+    """Mean residual stream after the last layer of each text, `[n_texts, d_model]`, float32, as NumPy's array.
 
     over: `tokens`: the real ones (no padding, no BOS), before the final norm. `padded`: all 128 positions, padded on
     the left with end-of-text tokens, after the final norm, as Yang's released code.

@@ -1,4 +1,8 @@
-"""Directions and what they mean: from words, from value vectors, by SVD, and read in the vocabulary (Lee 3.1, 3.2)."""
+"""Directions and what they mean: from words, from value vectors, by SVD, and read in the vocabulary (Lee 3.1, 3.2).
+
+Vectors that leave a function here are float64 on the CPU, whatever the model's device and dtype; a `Probe` holds
+float32, as its file does.
+"""
 
 import os
 from pathlib import Path

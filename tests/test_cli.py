@@ -197,3 +197,69 @@ def test_dpo_and_probe_refuse_bad_input(tmp_path, tiny):
     fails(["experiments/train_probe.py"], "line 1: 'comment_text' is missing", tmp_path, changed=changed)
     for script in ("experiments/train_probe.py", "experiments/make_pairs.py"):
         fails([script], "'auto' is not a valid integer", tmp_path, changed={"--batch-size": "auto"})
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"--seed": -1}, "-1 is not in the range"),
+        ({"--seed": 2**32}, "is not in the range"),
+        ({"--seeds": "0,-1"}, "expected different whole numbers"),
+        ({"--seeds": "0,²"}, "expected different whole numbers"),
+        ({"--revision": "main"}, "is a folder"),
+    ],
+)
+def test_what_is_known_before_anything_is_made(inputs, tmp_path, changed, says):
+    fails([PATCH], says, tmp_path, changed={**inputs, **changed})
+
+
+@pytest.mark.parametrize("fault", ["post", "passages", "scorer", "out"])
+def test_nothing_is_made_before_what_was_given_is_checked(inputs, tmp_path, tiny, fault):
+    """Without a probe one would be trained first; the cache stays without one."""
+    import shutil
+
+    given = {key: value for key, value in inputs.items() if key != "--probe"}
+    if fault == "post":
+        given["--post"] = shutil.copytree(tiny("llama", 1), tmp_path / "post")
+        weights = load_file(given["--post"] / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, given["--post"] / "model.safetensors", metadata={"format": "pt"})
+    if fault == "passages":
+        given["--passages"] = write_lines(tmp_path / "short.jsonl", [{"text": "too short"}])
+    if fault == "scorer":
+        given["--scorer"] = "hf:/no/such/folder"
+    if fault == "out":
+        (tmp_path / "file").write_text("")
+        given["--out"] = tmp_path / "file" / "out"
+    says = {"post": "1 of the model's weights", "passages": "no passage has", "scorer": "--scorer", "out": "written"}
+    fails([PATCH], says[fault], tmp_path, changed=given)
+    assert not (tmp_path / "cache" / "probe").exists() and not (tmp_path / "cache" / "dpo").exists()
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written(inputs, tmp_path, cache):
+    given = [str(part) for pair in {**inputs, "--out": tmp_path / "out"}.items() for part in pair]
+    done = run(PATCH, *given, cwd=ROOT, DPO_NEURONS_CACHE=cache)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+    assert "written" in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_screen_that_is_not_utf_8(inputs, tmp_path, encoding):
+    given = [str(part) for pair in {**inputs, "--sets": "top256", "--out": tmp_path / "out"}.items() for part in pair]
+    done = run(PATCH, *given, cwd=ROOT, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 0 and "top256" in done.stdout, done.stderr[-1500:]
+
+
+@pytest.mark.parametrize("key", ["secret-0123\n", "  secret-0123 ", "secret\r\n0123", "sécret-0123", "secret 0123"])
+def test_a_key_is_never_shown(inputs, tmp_path, key):
+    """Line ends around it are no part of it; what no header can hold is refused, and not shown."""
+    done = run(
+        PATCH, "--model", "lab/tiny", "--prompts", inputs["--prompts"], "--passages", "embedded", "--scorer", "words",
+        "--remote", "--remote-timeout", "1", "--post", "lora:/no/such", "--out", tmp_path / "out", cwd=ROOT,
+        NDIF_API_KEY=key, NDIF_HOST="http://127.0.0.1:9", DPO_NEURONS_CACHE=str(tmp_path / "cache"),
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hf"),
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in (key.strip(), repr(key.strip())[1:-1], "0123"):
+        assert part not in done.stderr + done.stdout

@@ -77,7 +77,7 @@ def data_repositories(root) -> None:
 
 
 def detoxify_files(root, home) -> None:
-    """A tiny BERT in the form of Detoxify's checkpoint, where torch.hub looks, and the configuration that it asks for."""
+    """A tiny BERT in the form of Detoxify's checkpoint, where torch.hub looks, and the configuration it asks for."""
     folder = root / "bert-base-uncased"
     folder.mkdir(parents=True)
     words = [
