@@ -65,14 +65,16 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
     import dataclasses
 
     from dpo.config import default_preset, make_config
-    from dpo.data import held_out
-    from dpo.trainable import read
+    from dpo.data import held_out, split, tokenize
+    from dpo.trainable import check_choice, read
     from lib import artifacts, checkpoints, data, tokens
+    from lib.errors import UserError
     from lib.families import shape_of
     from lib.models import pick_device, resolve, stored_entries
 
     if out:
-        artifacts.check_output(Path(out), overwrite)
+        out = artifacts.resolved(Path(out))
+        artifacts.check_output(out, overwrite)
     device = pick_device(device)
     if changes["trainable"]:
         changes["trainable"] = read(changes["trainable"])
@@ -89,9 +91,14 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
         )
         config = shorter
     source = resolve(model, revision)
+    if source.adapter and config.trainable.startswith("lora"):
+        raise UserError(f"--model {model}: is an adapter itself; merge it first, or train other parts than lora.")
     tokenizer, shape = checkpoints.read_tokenizer(source), shape_of(Path(source.path), source.name)
     tokens.check_vocabulary(tokenizer, shape.vocabulary, source.name)
     checkpoints.check(source)
+    split(tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos),
+          config.valid_fraction, config.seed)  # fmt: skip
+    check_choice(config.trainable, shape)
     fields = {
         "model": source.revision,
         "pairs": loaded.sha256,
@@ -113,7 +120,7 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
     place = sharding.begin(device)
 
     size = 4 * sum(stored_entries(Path(source.path)).values())  # float32: the best checkpoint, and the saved state's
-    needs_bytes = size * (4 if config.trainable == "all" else 3)  # weights and averages, the new beside the old
+    needs_bytes = size * (6 if config.trainable == "all" else 3)  # the best one, weights and averages twice, room
 
     def build(folder: Path) -> None:
         run(source, loaded, config, place, sharding.said_by_first(folder))

@@ -43,6 +43,16 @@ def read(given: str) -> str:
     return f"{name}:{','.join(text.split())}"
 
 
+def check_choice(choice: str, shape) -> None:
+    """Raise UserError for layers and neurons that a model of this shape (`lib.families.Shape`) does not have."""
+    name, _, rest = choice.partition(":")
+    if name == "late" and int(rest) > shape.n_layers:
+        raise UserError(f"--trainable {choice}: this model has {shape.n_layers} layers.")
+    if name in ("values", "keys"):
+        for neuron in rest.split(","):
+            parse_neuron(neuron, shape.n_layers, shape.d_mlp, "--trainable")
+
+
 def choose(model, choice: str) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, torch.Tensor]]:
     """Leave the chosen parameters trainable and freeze the rest.
 

@@ -68,6 +68,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
             main.callback(method, samples, gap, prompts, file, **given)
     name, seed, batch_size = options["model"], options["seed"], options["batch_size"]
     out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
+    artifacts.check_place(artifacts.resolved(out))
     about_file = out.with_suffix(".about.json")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists; choose another file or add --overwrite.")

@@ -6,6 +6,7 @@ import warnings
 from lib.errors import UserError, brief
 from lib.families import reach
 
+LEAVES_BASE = (True, False, "gaussian", "eva", "orthogonal")  # starts that change no weight of the base model
 # Parts of a LoRA configuration that add something else than B A x to a map.
 NOT_PLAIN = (
     "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "target_parameters", "use_qalora",
@@ -59,6 +60,8 @@ def read_lora(base, source) -> dict:
         raise UserError(f"{given}: not a readable adapter in PEFT's format ({brief(error)}).") from error
     plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights)
     extra = [name for name in NOT_PLAIN if getattr(config, name, None)]
+    if getattr(config, "init_lora_weights", True) not in LEAVES_BASE:
+        extra.append(f"init_lora_weights={config.init_lora_weights}")
     if not weights or not plain or extra:
         what = f" ({', '.join(extra)})" if extra else ""
         raise UserError(f"{given}: holds more than plain LoRA weights of one rank{what}; merge it, and run it locally.")

@@ -16,12 +16,24 @@ from pathlib import Path
 
 import click
 
-from lib.errors import UserError
+from lib.errors import UserError, brief
 
 MANIFEST = "artifact.json"
 WRITTEN = ".written.json"  # which files `output` put into a folder
 # A finished or unfinished folder's record, and entries that it has: of a script, of `python -m dpo`, of either.
 RECORDS = {"run.json": {"script", "provenance"}, "training.json": {"config", "best_step"}, "settings.json": {"code"}}
+OWN_KINDS = {".json", ".jsonl", ".safetensors", ".png", ".jinja", ".model", ".request", ".new"}
+OWN_NAMES = {
+    "conditions",
+    "figures",
+    "best",
+    "best.new",
+    "state",
+    "state.new",
+    "state.old",
+    "neurons.txt",
+    "README.md",
+}
 
 
 def cache_root() -> Path:
@@ -43,7 +55,7 @@ def in_cache(name: str) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
-            f"the cache {cache_root()} cannot be written ({error.strerror}); set DPO_NEURONS_CACHE to a folder that can."
+            f"the cache {cache_root()} cannot be written ({error.strerror}); set DPO_NEURONS_CACHE to another folder."
         ) from error
     return folder
 
@@ -138,14 +150,32 @@ def check_output(folder: Path, overwrite: bool) -> None:
     It exists and --overwrite was not given, or it holds something that this project did not write, which is never
     replaced; or there is no place for it.
     """
+    folder = resolved(folder)
     if folder.exists() and not overwrite:
         raise UserError(f"--out {folder}: exists; choose another folder or add --overwrite.")
     for place in (folder, folder.with_name(folder.name + ".partial")):
         if place.exists() and overwrite and not is_ours(place):
             raise UserError(f"--out {folder}: {place} holds files that no script here wrote; choose another folder.")
-    parent = next(parent for parent in folder.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: {parent} is no folder that can be written; choose another place.")
+    check_place(folder)
+
+
+def resolved(path: Path) -> Path:
+    """Where `--out` leads. Raises UserError: nowhere, or to the root of all."""
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--out {path}: {brief(error)}; choose another place.") from error
+    if not found.name:
+        raise UserError(f"--out {path}: is the root of all folders; choose another place.")
+    return found
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError unless a file or folder can be made there."""
+    parent = next(parent for parent in path.parents if parent.exists())
+    unwritable = str(parent).startswith(("/proc", "/sys")) or not os.access(parent, os.W_OK | os.X_OK)
+    if not parent.is_dir() or unwritable:
+        raise UserError(f"--out {path}: {parent} is no folder that can be written; choose another place.")
 
 
 def is_ours(folder: Path) -> bool:
@@ -159,7 +189,8 @@ def is_ours(folder: Path) -> bool:
     if (folder / WRITTEN).is_file():
         written = read_object(folder / WRITTEN).get("files", [])
         return set(files) <= {*written, WRITTEN}
-    return not files or any(keys <= read_object(folder / name).keys() for name, keys in RECORDS.items())
+    known = all(Path(name).suffix in OWN_KINDS or name.split("/")[0] in OWN_NAMES for name in files)
+    return not files or known and any(keys <= read_object(folder / name).keys() for name, keys in RECORDS.items())
 
 
 def files_of(folder: Path) -> list[str]:
@@ -189,7 +220,7 @@ def output(folder: Path, settings: dict, overwrite: bool, needs_bytes: int = 0) 
     """
     from filelock import FileLock, Timeout
 
-    folder = folder.resolve()
+    folder = resolved(folder)
     check_output(folder, overwrite)
     parent = next(parent for parent in folder.parents if parent.exists())
     check_free(parent, needs_bytes, f"--out {folder}: {parent}", "choose another disk")

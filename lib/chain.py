@@ -124,8 +124,14 @@ def check_given(options: dict, source: Source, needs: tuple[str, ...]):
             checkpoints.check(post)
             checkpoints.check_same_vocabulary(tokenizer, post, f"--post {post.name}")
             theirs = shape_of(Path(post.path), post.name)
-            if theirs != shape:
-                name = next(name for name, value in vars(theirs).items() if value != getattr(shape, name))
+            # Models of one kind may have been trained for other lengths.
+            other = [
+                name
+                for name in vars(shape)
+                if name != "max_positions" and getattr(theirs, name) != getattr(shape, name)
+            ]
+            if other:
+                name = other[0]
                 raise UserError(
                     f"--post {post.name}: its {name} is {getattr(theirs, name)}, the base model's is "
                     f"{getattr(shape, name)}; it is another model."

@@ -10,6 +10,8 @@ from lib.tokens import special_ids
 # What `--trainable biases` adds where an architecture has no place for it stands in files of this variant's name:
 # plain transformers finds no weights then, where it would load the base model under the name `model.safetensors`.
 ADDED_BIASES = "added-biases"
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what older versions of transformers wrote
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WRAPPERS = {
     "_orig_mod.": "torch.compile (save its _orig_mod)",
     "module.": "DataParallel or DDP (save its module)",
@@ -61,7 +63,9 @@ def read_module(source, dtype: str, device: str):
         module = merged(module, source)
     if device != "meta":
         check_finite(module, source.name)
-    return module.to(getattr(torch, dtype)).eval()
+    for weight in module.parameters():  # not the buffers: rotary frequencies stay in float32, as transformers has them
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return module.eval()
 
 
 def check(source) -> None:
@@ -102,7 +106,8 @@ def complete(module, folder: Path, found: dict, name: str) -> None:
     ending = f"{kind.mlp_out}.bias"
     added = {key for key in found["unexpected_keys"] if key.endswith(ending)}
     layer = "." + kind.layers.split(".")[-1] + "."
-    if beyond := sorted(key for key in found["unexpected_keys"] if layer in f".{key}" and key not in added):
+    others = {key for key in found["unexpected_keys"] if not key.endswith(OLD_BUFFERS)} - added
+    if beyond := sorted(key for key in others if layer in f".{key}"):
         raise UserError(
             f"{name}: its files hold {len(beyond)} weights that a model of its config.json has no place for, such as "
             f"{beyond[0]}; do config.json and weights belong together?"
@@ -133,7 +138,9 @@ def add_biases(module, folder: Path, kind: Family, ending: str) -> None:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 if key.endswith(ending):
-                    linear = module.get_submodule(key.removesuffix(".bias"))
+                    path = key.removesuffix(".bias")
+                    within = path.startswith(f"{module.base_model_prefix}.")
+                    linear = module.get_submodule(path if within else f"{module.base_model_prefix}.{path}")
                     linear.bias = torch.nn.Parameter(tensors.get_tensor(key).to(linear.weight))
 
 
@@ -218,6 +225,12 @@ def read_tokenizer(source):
     """A folder's fast tokenizer. Raises UserError: there is none, or it cannot be read."""
     from transformers import AutoTokenizer
 
+    # Without files transformers makes up an empty tokenizer of the model's family.
+    if not any((Path(source.path) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{source.name}: the folder holds no tokenizer; copy the base model's tokenizer files (tokenizer.json, "
+            "tokenizer_config.json) into it."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -236,11 +249,10 @@ def check_same_vocabulary(tokenizer, post, given: str) -> None:
     One without a tokenizer of its own is taken to have the base model's; special tokens beyond the other's, such as one
     for padding, stand in no text.
     """
-    own = Path(post.path) / "tokenizer.json"
-    if not own.exists():
+    if not any((Path(post.path) / name).exists() for name in TOKENIZER_FILES):
         return
-    same = Path(tokenizer.name_or_path) / "tokenizer.json"
-    if same.exists() and same.read_bytes() == own.read_bytes():  # reading a tokenizer of 262,144 tokens takes seconds
+    own, same = (Path(folder) / "tokenizer.json" for folder in (post.path, tokenizer.name_or_path))
+    if own.exists() and same.exists() and own.read_bytes() == same.read_bytes():  # to read one takes seconds
         return
     ours, theirs = (
         {token: i for token, i in one.get_vocab().items() if i not in special}

@@ -30,6 +30,8 @@ HUB = {  # data -> (repository, file)
     "passages": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
 
+PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip in gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2",
+          b"\xfd7zXZ": "xz"}  # fmt: skip
 PAIR_SCHEMAS = (("prompt_text", "unpert_gen_text", "pert_gen_text"), ("prompt", "chosen", "rejected"))
 
 
@@ -201,6 +203,8 @@ def _rows(raw: bytes, path: Path, option: str):
         return
     if name.endswith(".parquet"):
         raise UserError(f"{option}: not a parquet file, whatever its name says; copy it anew.")
+    if kind := next((said for start, said in PACKED.items() if raw.startswith(start)), None):
+        raise UserError(f"{option}: is {kind}, which is not read; unpack it, or pack it with gzip once.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -226,8 +230,8 @@ def _parquet_rows(raw: bytes, option: str):
 
     try:
         rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{option}: not a whole parquet file ({brief(error)}); copy it anew.") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{option}: parquet that cannot be read ({brief(error)}); copy or write it anew.") from error
     yield from enumerate(rows, start=1)
 
 
@@ -236,6 +240,9 @@ def _csv_rows(text: str, option: str):
     # Lines end at \n, not at every character that Unicode calls a line's end; a lone \r outside quotes is an error.
     reader = csv.DictReader(io.StringIO(text, newline="\n"), strict=True)
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise UserError(f"{option}: the header names a column twice ({', '.join(names)[:80]}); rename one.")
         for row in reader:
             if None in row:
                 raise UserError(

@@ -463,7 +463,7 @@ def begin(
 
     started = time.monotonic()
     name = options["model"]
-    out = Path(options["out"] or f"runs/{script}/{models.short_name(name)}").resolve()
+    out = artifacts.resolved(Path(options["out"] or f"runs/{script}/{models.short_name(name)}"))
     artifacts.check_output(out, options["overwrite"])
     if options["dry_run"] and "rehearsal" not in options:
         from lib.rehearsal import rehearsed

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lib.tokens import encode
+from lib.tokens import encode, filler_id
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def left_padded(
     """As `batches`, of token ids."""
     import torch
 
-    filler = tokenizer.eos_token_id if attended else 0  # hidden by the mask any id will do; a pad id may be none
+    filler = filler_id(tokenizer) if attended else 0  # hidden by the mask any id will do
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         width = max(map(len, part))

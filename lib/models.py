@@ -41,6 +41,7 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").split("/")[-1]
 
 
+LONGEST_NAME = 1000  # of a path or Hub id
 NO_PART = {"training.json", "run.json", ".written.json", "source.json"}  # of what a model is
 
 
@@ -50,7 +51,7 @@ def folder_sha256(folder: Path) -> str:
     That is weights, configurations (of generation too) and tokenizer; not what training left beside them.
     """
     kinds = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
-    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in NO_PART)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in kinds and p.name not in NO_PART)
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
@@ -62,6 +63,10 @@ def resolve(name: str, revision: str | None = None, option: str = "--model", wei
     Raises:
         UserError: unknown name, unsupported family, gated or missing repository, no network, no disk space.
     """
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"{option} {name[:40]}...: {len(name)} characters are no model's name; give a folder or Hub id."
+        )
     if revision and Path(name).is_dir():
         raise UserError(f"--revision {revision}: {name} is a folder; only a model of the Hub has revisions.")
     if Path(name).is_file():
@@ -100,6 +105,8 @@ def resolve_adapter(folder: Path, name: str, option: str, weights: bool) -> Sour
     """The source of an adapter in PEFT's format; its revision is that of both its own files and its base model's."""
     own = "sha256:" + folder_sha256(folder)
     adapter, (base_name, base_revision) = str(folder.resolve()), base_of(folder, option)
+    if (Path(base_name) / "adapter_config.json").is_file():
+        raise UserError(f"{option} {name}: adapts {base_name}, which is an adapter itself; merge that one first.")
     if not weights:
         return Source(name, "", f"{own} on {base_name} {base_revision}", adapter)
     try:
@@ -109,8 +116,6 @@ def resolve_adapter(folder: Path, name: str, option: str, weights: bool) -> Sour
             f"{option} {name}: the adapter asks for the base model {base_name!r}, which is not to be had "
             f"({brief(error)}); write where it is into base_model_name_or_path of its adapter_config.json."
         ) from error
-    if base.adapter:
-        raise UserError(f"{option} {name}: adapts a model that is a LoRA checkpoint itself; merge that one first.")
     return Source(name, base.path, f"{own} on {base.revision}", adapter)
 
 

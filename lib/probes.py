@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lib.errors import UserError
 from lib.families import FAMILIES, input_device, layers, reach
 from lib.remote import session
-from lib.tokens import encode, opening
+from lib.tokens import encode, filler_id, opening
 
 PADDED_LENGTH = 128  # tokens, as the released code pads
 TEXT_LENGTH = 256  # longer comments are cut
@@ -77,7 +77,7 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
     place = reach(model, FAMILIES[model._module.config.model_type].final_norm) if padded else layers(model)[-1]
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     prepared = []
-    first, filler = len(opening(model.tokenizer)), model.tokenizer.eos_token_id or 0
+    first, filler = len(opening(model.tokenizer)), filler_id(model.tokenizer)
     for rows in parts:
         ids = encode(model.tokenizer, [texts[row] for row in rows], PADDED_LENGTH if padded else TEXT_LENGTH)
         width = PADDED_LENGTH if padded else max(map(len, ids))

@@ -333,7 +333,7 @@ def advice(error: httpx.HTTPError) -> str:
     try:
         said = str(error.response.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        said = error.response.text[:200]
+        said = without_key(error.response.text)[:200]
     code = error.response.status_code
     todo = "run the command again: what is finished is kept."
     if code in (400, 401, 403) and "key" in said.lower() or code in (401, 403):

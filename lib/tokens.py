@@ -15,18 +15,27 @@ def opening(tokenizer) -> list[int]:
 
 
 def plain_text(tokenizer, text: str) -> str:
-    """The text without a BOS that it spells out at its start, as texts do that were decoded with it."""
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+    """The text without a BOS that it spells out at its start, as texts do that were decoded with it.
+
+    Only where the tokenizer puts one there by itself.
+    """
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and opening(tokenizer) else text
 
 
 def encode(tokenizer, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
     """Token ids of each text after the opening token, cut on the right to `max_tokens` in all.
 
     A special token that stands in a text is text like any other: it cannot make a second BOS or an end.
+
+    Raises:
+        UserError: a text without a token.
     """
     first = opening(tokenizer)
     rows = inner_ids(tokenizer, [plain_text(tokenizer, text) for text in texts])
-    return [(first + ids)[:max_tokens] for ids in rows]
+    encoded = [(first + ids)[:max_tokens] for ids in rows]
+    if [] in encoded:
+        raise UserError(f"text {1 + encoded.index([])} of {len(texts)} has no token; leave it out.")
+    return encoded
 
 
 def inner_ids(tokenizer, texts: list[str], **more) -> list[list[int]]:
@@ -35,6 +44,12 @@ def inner_ids(tokenizer, texts: list[str], **more) -> list[list[int]]:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **more)
     return encoded if more else encoded["input_ids"]
+
+
+def filler_id(tokenizer) -> int:
+    """What the released code pads with: end-of-text; 0 where there is none that the tokenizer knows."""
+    end = tokenizer.eos_token_id
+    return end if end is not None and end < tokenizer.vocab_size else 0
 
 
 def special_ids(tokenizer) -> set[int]:
@@ -47,6 +62,11 @@ def check_vocabulary(tokenizer, vocabulary: int, given: str) -> None:
 
     vocabulary: rows of the embedding. given: names the model in the message.
     """
+    if (first := max(opening(tokenizer), default=0)) >= vocabulary:
+        raise UserError(
+            f"{given}: its tokenizer begins texts with token {first}, the model's embedding has {vocabulary} rows; "
+            "it is another model's tokenizer."
+        )
     special = special_ids(tokenizer)
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special]
     if beyond:

@@ -236,6 +236,18 @@ def test_nothing_is_made_before_what_was_given_is_checked(inputs, tmp_path, tiny
     assert not (tmp_path / "cache" / "probe").exists() and not (tmp_path / "cache" / "dpo").exists()
 
 
+def test_places_that_can_hold_nothing(tmp_path, tiny):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for command in (["-m", "dpo"], ["experiments/train_probe.py"], [PATCH], ["experiments/make_pairs.py"]):
+        for out in ("/", tmp_path / "loop", tmp_path / "file" / "out", "/proc/zz/out"):
+            given = ["--model", tiny("llama"), "--out", out, "--overwrite"]
+            given += [] if command[-1].endswith(("dpo", "probe.py")) else ["--prompts", "embedded", "--scorer", "words"]
+            done = run(*command, *given, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+            assert done.returncode == 2 and "Traceback" not in done.stderr, (command, out, done.stderr[-800:])
+            assert not (tmp_path / "cache" / "probe").exists()
+
+
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
 def test_a_cache_that_cannot_be_written(inputs, tmp_path, cache):
     given = [str(part) for pair in {**inputs, "--out": tmp_path / "out"}.items() for part in pair]

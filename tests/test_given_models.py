@@ -1,9 +1,10 @@
 """Model folders as people have them, generated: the right numbers, or one line and nothing written.
 
-Each case takes a tiny model, changes its folder in one way or two, and runs patch_four_groups.py on it. What must come
-out is computed here with plain PyTorch from the weights that were written, one prompt at a time, without a cache.
+Each case takes a tiny model, changes its folder in one way or two, and runs a script or the trainer on it. What must
+come out is computed here with plain PyTorch from the weights that were written, one prompt at a time, without a cache.
 """
 
+import importlib
 import json
 import random
 import shutil
@@ -16,8 +17,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-script = load_script("patch_four_groups")
-CASES, STEPS = 120, 20
+# Each with options that keep it short. The causal ones write what the base model and the one after DPO continued.
+CAUSAL = {
+    "patch_four_groups": ["--sets", "top256"], "steer": ["--alpha", "1"], "unalign": ["--top", "2"],
+    "probe_free_editing": ["--representation", "probe", "--alpha", "0.1", "--beta", "0.5"],
+    "robust_alignment": ["--variants", "all"],
+}  # fmt: skip
+LOOKING = {
+    "opposing_effects": [], "toxic_subspace": ["--top", "6"], "residual_shift": [], "neuron_card": [], "logit_lens": [],
+    "toxic_vectors": [], "train_probe": [], "make_pairs": ["--method", "best-of-n", "--samples", "2"],
+}  # fmt: skip
+CASES, STEPS = 130, 20
 PROMPTS = texts("prompts", "prompt")[:2]
 PENALTIES = [
     {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": list(range(20, 200))},
@@ -239,14 +249,17 @@ def common(tmp_path_factory):
     return folder
 
 
-def run(common, base, post, out, monkeypatch):
-    """patch_four_groups.py through its command line, in this process."""
+def run(common, base, post, out, monkeypatch, name="patch_four_groups"):
+    """A script, or the trainer, through its command line, in this process."""
     monkeypatch.setenv("DPO_NEURONS_CACHE", str(common / "cache"))
+    command = load_script(name).main if name != "dpo" else importlib.import_module("dpo.__main__").main
     given = {
         "--model": base, "--post": post, "--probe": common / "probe.safetensors", "--scorer": "words",
-        "--prompts": common / "prompts.jsonl", "--passages": "embedded", "--limit": 2, "--sets": "top256", "--out": out,
+        "--prompts": common / "prompts.jsonl", "--passages": "embedded", "--limit": 2, "--out": out,
     }  # fmt: skip
-    return CliRunner().invoke(script.main, [str(part) for pair in given.items() for part in pair])
+    known = {option for parameter in command.params for option in parameter.opts}
+    words = [str(part) for option, value in given.items() if option in known for part in (option, value)]
+    return CliRunner().invoke(command, [*words, *{**CAUSAL, **LOOKING}.get(name, [])])
 
 
 def check_refused(done, out, tmp_path, before) -> None:
@@ -267,16 +280,21 @@ def test_right_or_refused(case, tiny, common, tmp_path, monkeypatch):
     for change in sorted(changes, key=lambda change: change is shards):  # the others look for one file
         change(folder, family, draw)
     base, post = (tiny(family), folder) if as_post else (folder, tiny(family, 1))
+    refused = changes[0] in REFUSED and not (as_post and changes[0] in AS_POST_RIGHT)
+    # Those that read the base model alone, or train, cannot refuse a model after DPO.
+    alone = {"toxic_vectors", "train_probe", "make_pairs", "dpo"}
+    names = [*CAUSAL, *(LOOKING if refused else ()), *(["dpo"] if refused else ())]
+    name = draw.choice([name for name in names if not (as_post and name in alone)])
     before = sorted(tmp_path.iterdir())
-    done = run(common, base, post, out, monkeypatch)
-    if changes[0] in REFUSED and not (as_post and changes[0] in AS_POST_RIGHT):
+    done = run(common, base, post, out, monkeypatch, name)
+    if refused:
         check_refused(done, out, tmp_path, before)
         return
     assert done.exit_code == 0, (changes, done.exception, done.output[-800:])
     lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
     tokenizer = build_tokenizer(bos=family != "gpt2")
-    for name, where, seed in (("none", base, 0), ("dpo", post, 1)):
+    for which, where, seed in (("none", base, 0), ("dpo", post, 1)):
         model = weights_of(where, tiny(family, seed))
         # Where text ends follows from the model that writes it; a model without an end goes on.
         expected = [greedy(model, tokenizer, prompt, family != "gpt2", end_ids(where)) for prompt in PROMPTS]
-        assert [line["continuation"] for line in lines if line["name"] == name] == expected, (name, changes)
+        assert [line["continuation"] for line in lines if line["name"] == which] == expected, (name, which, changes)

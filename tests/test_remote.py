@@ -141,6 +141,7 @@ def test_what_is_no_plain_adapter_is_refused(traced, adapter, family, tmp_path):
             adapted(base, Source("here", "", "", str(tmp_path)))
 
     refused({"use_dora": True}, match="plain LoRA")
+    refused({"init_lora_weights": "pissa"}, match="init_lora_weights=pissa")  # changes the base model's weights
     refused(change_weights=lambda t: {n: x[..., :-1].contiguous() for n, x in t.items()}, match="another model's")
     refused(change_weights=lambda t: {n.replace("mlp", "other"): x for n, x in t.items()}, match="another model's")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")

@@ -283,6 +283,22 @@ def test_probe_features_equal_hidden_states(family, traced, raw):
             torch.testing.assert_close(torch.tensor(found[row]), expected.cpu(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_what_transformers_loads(family, tiny, dtype):
+    """Buffers too: rotary frequencies stay in float32 whatever the weights are in. At positions where it tells."""
+    from transformers import AutoModelForCausalLM
+
+    from lib.models import load, resolve
+
+    ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    plain = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=getattr(torch, dtype)).eval().to(DEVICE)
+    model = load(resolve(str(tiny(family))), DEVICE, dtype)
+    with torch.no_grad():
+        assert torch.equal(model._module(ids).logits, plain(ids).logits)
+    buffers = dict(plain.named_buffers())
+    assert all(buffer.dtype == buffers[name].dtype for name, buffer in model._module.named_buffers())
+
+
 def test_every_trace_can_be_shipped(family, traced):
     """nnsight's simulated server restores each trace from what was sent, without the caller's modules."""
     model = traced(family)
