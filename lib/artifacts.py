@@ -117,7 +117,7 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
                 click.echo(f"Warning: the cached {kind} in {folder} is damaged and is made again.", err=True)
                 shutil.rmtree(folder)
             check_free(
-                folder.parent, needs_bytes, f"the cache {cache_root()}", "set DPO_NEURONS_CACHE to a larger disk"
+                folder.parent, needs_bytes, f"the cache {cache_root()}", kind, "set DPO_NEURONS_CACHE to a larger disk"
             )
             work = folder.with_name(folder.name + ".partial")
             if not resumable:
@@ -135,12 +135,13 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
     return folder
 
 
-def check_free(place: Path, needs_bytes: int, name: str, instead: str) -> None:
+def check_free(place: Path, needs_bytes: int, name: str, what: str, instead: str) -> None:
     """Raise UserError where a disk has less free than is needed."""
     free = shutil.disk_usage(place).free
     if free < needs_bytes:
         raise UserError(
-            f"{name} has {free / 1e9:.1f} GB free, {needs_bytes / 1e9:.1f} GB are needed; free some, or {instead}."
+            f"{name} has {free / 1e9:.1f} GB free and making {what} needs {needs_bytes / 1e9:.1f} GB; "
+            f"free some, or {instead}."
         )
 
 
@@ -175,7 +176,7 @@ def check_place(path: Path) -> None:
     parent = next(parent for parent in path.parents if parent.exists())
     unwritable = str(parent).startswith(("/proc", "/sys")) or not os.access(parent, os.W_OK | os.X_OK)
     if not parent.is_dir() or unwritable:
-        raise UserError(f"--out {path}: {parent} is no folder that can be written; choose another place.")
+        raise UserError(f"--out {path}: {parent} cannot be written, or is no folder; choose another place.")
 
 
 def is_ours(folder: Path) -> bool:
@@ -223,7 +224,7 @@ def output(folder: Path, settings: dict, overwrite: bool, needs_bytes: int = 0) 
     folder = resolved(folder)
     check_output(folder, overwrite)
     parent = next(parent for parent in folder.parents if parent.exists())
-    check_free(parent, needs_bytes, f"--out {folder}: {parent}", "choose another disk")
+    check_free(parent, needs_bytes, f"--out {folder}: {parent}", "it", "choose another disk")
     work = folder.with_name(folder.name + ".partial")
     locks = in_cache("locks")
     wanted = json.dumps({**settings, "code": settings.get("code") or running_code()}, indent=1, sort_keys=True)

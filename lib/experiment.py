@@ -517,8 +517,11 @@ def begin(
     first_post = models.load_like(base, first, device, dtype, bool(server)) if first else None
     given_means = chain.given_means(options, shape) if "post" in needs else None
     kept = None
-    if first and not hosted and not first.adapter:
-        kept = weights.update_left(Path(source.path), Path(first.path), dtype) if dtype != "float32" else None
+    if first and not hosted and dtype != "float32":
+        after = weights.stored_weights(Path(first.path))
+        if first.adapter:  # merged once more, in float32: the loaded one is rounded
+            after = weights.plain_names(dict(checkpoints.read_module(first, "float32", "cpu").named_parameters()))
+        kept = weights.update_left(weights.stored_weights(Path(source.path)), after, dtype)
     if kept and kept["cosine"] < ENOUGH_LEFT:
         _stderr().print(
             f"In {dtype} {100 * kept['entries']:.0f} % of the weights that DPO changed still differ, and what is left "

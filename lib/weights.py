@@ -1,6 +1,8 @@
 """How far training moved a model's weights, and how much of that a narrower dtype keeps."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,25 +14,23 @@ KINDS = {"embedding": ("embed", "wte", "wpe", "lm_head"), "attention": ("attn",)
 CHUNK = 1 << 22  # entries in float64 at once: a whole embedding would take gigabytes
 
 
-def update_left(base: Path, post: Path, dtype: str) -> dict[str, float] | None:
-    """What is left of training's update when both models' weights are rounded to a dtype, from their files.
+def update_left(base: dict, post: dict, dtype: str) -> dict[str, float] | None:
+    """What is left of training's update when both models' weights are rounded to a dtype.
 
     Args:
-        base, post: folders of safetensors of the models before and after.
+        base, post: name -> weight before and after, as `stored_weights` or `plain_names` give them.
         dtype: `bfloat16` or `float32`.
 
     Returns: `cosine` of the rounded models' difference with the true one, and the share of changed `entries` that
         still differ; None: nothing is rounded, or nothing differs. Sums are in float64.
     """
-    target, before = getattr(torch, dtype), stored_tensors(base)
+    target = getattr(torch, dtype)
     dot = own = left = changed = differing = 0.0
-    for name, (file, key) in stored_tensors(post).items():
-        if name not in before:
-            continue
-        first, second = (tensor_of(*place).flatten() for place in (before[name], (file, key)))
+    for name in base.keys() & post.keys():
+        first, second = (weight() if callable(weight) else weight for weight in (base[name], post[name]))
         if first.shape != second.shape:
             continue
-        for x, y in zip(first.split(CHUNK), second.split(CHUNK), strict=True):
+        for x, y in zip(first.flatten().split(CHUNK), second.flatten().split(CHUNK), strict=True):
             true = y.double() - x.double()
             rounded = y.to(target).double() - x.to(target).double()
             dot, own, left = dot + float(true @ rounded), own + float(true @ true), left + float(rounded @ rounded)
@@ -41,20 +41,24 @@ def update_left(base: Path, post: Path, dtype: str) -> dict[str, float] | None:
     return {"cosine": dot / math.sqrt(own * left) if left else 0.0, "entries": differing / changed}
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """{a weight's name without the base class's prefix: (file, name in it)} of a folder's safetensors."""
-    places = {}
+def stored_weights(folder: Path) -> dict[str, Callable]:
+    """{name: reads the weight} of a folder's safetensors, one at a time: a model of 8B is 32 GB."""
+    weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                places[key.removeprefix("transformer.").removeprefix("model.")] = (file, key)
-    return places
+            weights |= {key: partial(read_weight, file, key) for key in tensors.keys()}
+    return plain_names(weights)
 
 
-def tensor_of(file: Path, key: str) -> torch.Tensor:
+def read_weight(file: Path, key: str) -> torch.Tensor:
     """One tensor of a file."""
     with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(key)
+
+
+def plain_names(weights: dict) -> dict:
+    """Weights by their names in the base class, without `transformer.` or `model.`."""
+    return {name.removeprefix("transformer.").removeprefix("model."): weight for name, weight in weights.items()}
 
 
 def changes(post, base) -> dict[str, dict[str, float]]:

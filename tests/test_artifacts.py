@@ -150,7 +150,7 @@ def test_a_file_in_the_place_of_a_folder(cache, tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError), artifacts.output(tmp_path / "out", {"x": 1}, overwrite):
             pass
-    with pytest.raises(UserError, match="can be written"), artifacts.output(tmp_path / "out" / "deeper", {}, False):
+    with pytest.raises(UserError, match="cannot be written"), artifacts.output(tmp_path / "out" / "deeper", {}, False):
         pass
     assert (tmp_path / "out").read_text() == "theirs"
 

@@ -1,13 +1,17 @@
 """How far training moved the weights, by hand."""
 
+import json
+
+import peft
 import pytest
 import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 from test_cli import PATCH, inputs  # noqa: F401  a fixture
+from transformers import AutoModelForCausalLM
 
 from lib import models
-from lib.weights import changes, update_left
+from lib.weights import changes, stored_weights, update_left
 
 
 def test_changes_by_hand():
@@ -45,11 +49,12 @@ def test_what_rounding_leaves_of_an_update_by_hand(tmp_path):
     """bfloat16 has 8 bits: above 1 its steps are 1/128. A change of half of that and less is lost, or doubled."""
     before = {"model.a": torch.tensor([1.0, 1.0, 1.0, 1.0])}
     after = {"a": torch.tensor([1.0 + 1 / 128, 1.0 + 1 / 1024, 1.0 + 3 / 512, 1.0])}  # named by the base class
-    found = update_left(*folders(tmp_path, before, after), "bfloat16")
+    base, post = map(stored_weights, folders(tmp_path, before, after))
+    found = update_left(base, post, "bfloat16")
     true, rounded = torch.tensor([8.0, 1.0, 6.0]) / 1024, torch.tensor([8.0, 0.0, 8.0]) / 1024
     cosine = float(true @ rounded / (true.norm() * rounded.norm()))
     assert found == {"cosine": pytest.approx(cosine), "entries": pytest.approx(2 / 3)}
-    assert update_left(tmp_path / "base", tmp_path / "post", "float32") is None
+    assert update_left(base, post, "float32") is None
 
 
 def test_a_run_says_how_much_rounding_leaves(inputs, tiny, tmp_path):  # noqa: F811
@@ -60,6 +65,19 @@ def test_a_run_says_how_much_rounding_leaves(inputs, tiny, tmp_path):  # noqa: F
     moved = {name: w + 1e-4 * torch.randn_like(w) for name, w in load_file(post / "model.safetensors").items()}
     save_file(moved, post / "model.safetensors", {"format": "pt"})
     given = [str(part) for pair in {**inputs, "--post": post, "--sets": "top256"}.items() for part in pair]
+    adapter = tmp_path / "adapter"
+    config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data += 1e-3
+    adapted.save_pretrained(adapter)
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = str(tiny("llama"))
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    again = [str(part) for pair in {**inputs, "--post": adapter, "--sets": "top256"}.items() for part in pair]
+    done = run(PATCH, *again, "--dtype", "bfloat16", "--out", tmp_path / "adapted", cwd=ROOT)
+    assert done.returncode == 0 and "still differ" in done.stderr, done.stderr[-800:]
     for dtype, said in (("bfloat16", True), ("auto", False)):
         done = run(PATCH, *given, "--dtype", dtype, "--out", tmp_path / dtype, cwd=ROOT)
         assert done.returncode == 0 and ("still differ" in done.stderr) == said, done.stderr[-800:]

@@ -25,12 +25,11 @@ STEPS = {
     "dpo": ["-m", "dpo", "--device", "cuda", "--out", "{made}/dpo"],
     "dpo-bfloat16": ["-m", "dpo", "--device", "cuda", "--dtype", "bfloat16", "--out", "{made}/dpo-bfloat16"],
     "main": [
-        *("experiments/patch_four_groups.py", "--device", "cuda", "--limit", "256", "--controls", "quick"),
-        *("--second-scorer", "words", "--batch-size", "auto", "--out", "{out}/patch_four_groups/gemma-270m"),
-        "--overwrite",
+        *("experiments/patch_four_groups.py", "--device", "cuda", "--limit", "256", "--second-scorer", "words"),
+        *("--batch-size", "auto", "--out", "{out}/patch_four_groups/gemma-270m", "--overwrite"),
     ],
     "bench": [
-        *("tests/bench/run.py", "generation", "table", "probe", "means", "dpo", "dpo-smollm2"),
+        *("tests/bench/run.py"),
         *("--out", "{out}/bench.json"),
     ],
 }  # fmt: skip
