@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).parents[1]
+MARK = b"<title>dpo-neurons: what was measured</title>"  # of page.html.j2: a file that this command may replace
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -24,9 +25,12 @@ ROOT = Path(__file__).parents[1]
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: report.html among the records]")
 def main(root, out):
     from lib.artifacts import writing
+    from lib.errors import UserError
     from report.records import Records
 
     out = out or root / "report.html"
+    if out.exists() and MARK not in out.read_bytes()[:1000]:
+        raise UserError(f"--out {out}: is there and is no report of this project; choose another file.")
     page = build(Records(root))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

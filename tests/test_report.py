@@ -258,3 +258,15 @@ def test_probes_of_all_seeds_are_pooled():
     expected = scipy.stats.binomtest(correct, 300).proportion_ci(method="wilson")
     found = accuracy(of_model)
     assert [found["low"], found["high"]] == pytest.approx([expected.low, expected.high], abs=1e-4)
+
+
+def test_a_page_of_others_is_left_alone(tmp_path):
+    """A report is replaced by the next one, and nothing else is."""
+    (tmp_path / "page.html").write_text("<html>theirs</html>")
+    refused = run("-m", "report", "--out", tmp_path / "page.html", cwd=ROOT)
+    assert (
+        refused.returncode == 2 and "no report of this project" in refused.stderr and "Traceback" not in refused.stderr
+    )
+    assert (tmp_path / "page.html").read_text() == "<html>theirs</html>"
+    for _ in range(2):
+        assert run("-m", "report", "--out", tmp_path / "own.html", cwd=ROOT).returncode == 0
