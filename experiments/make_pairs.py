@@ -80,6 +80,7 @@ def main(method, samples, min_gap, prompts, out, overwrite, **options):
     toxicity = metrics.scorer(scored_by)
     hosted = options["remote"] == "ndif"
     source, server = chain.base_source(options), remote.connect(options)
+    chain.check_given(options, source, ("probe",) if method == "pplm" else ())
     if hosted:
         remote.report(server, MODELS.get(name, name))
     device, dtype = "cpu", options["dtype"]
@@ -165,6 +166,8 @@ def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict 
     if lines and lines[0] != json.dumps(settings):
         if not overwrite:
             raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
+        if '"scored_by"' not in lines[0]:
+            raise UserError(f"{path} was not written by this script; choose another --out.")
         path.unlink()
         return {}
     done = {}
