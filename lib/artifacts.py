@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -174,9 +175,13 @@ def resolved(path: Path) -> Path:
 def check_place(path: Path) -> None:
     """Raise UserError unless a file or folder can be made there."""
     parent = next(parent for parent in path.parents if parent.exists())
-    unwritable = str(parent).startswith(("/proc", "/sys")) or not os.access(parent, os.W_OK | os.X_OK)
-    if not parent.is_dir() or unwritable:
-        raise UserError(f"--out {path}: {parent} cannot be written, or is no folder; choose another place.")
+    try:  # to ask is not enough: permissions do not tell of read-only and virtual file systems
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".dpo-neurons-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: {parent} cannot be written ({error.strerror}); choose another place."
+        ) from error
 
 
 def is_ours(folder: Path) -> bool:

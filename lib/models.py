@@ -177,14 +177,17 @@ def pick_dtype(dtype: str, device: str, compared: list[Source], trained: bool = 
 
 def stored_entries(folder: Path) -> dict[str, int]:
     """How many numbers a folder's safetensors hold in each dtype (`F32`, `BF16`, ...), from their headers alone."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     entries: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                entries[part.get_dtype()] = entries.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    entries[part.get_dtype()] = entries.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: the weights cannot be read ({brief(error)}); copy the file anew.") from error
     return entries
 
 

@@ -11,6 +11,7 @@ from test_cli import PATCH, inputs  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 from lib import models
+from lib.errors import UserError
 from lib.weights import changes, stored_weights, update_left
 
 
@@ -98,4 +99,8 @@ def test_auto_is_the_dtype_that_something_was_trained_in(tmp_path, monkeypatch):
         assert models.pick_dtype("auto", "cuda", compared, trained) == expected, (compared, trained)
     free = 4 * weight.numel()
     assert models.pick_dtype("auto", "cuda", [wide, wide]) == "bfloat16"
+    broken = tmp_path / "post" / "model.safetensors"
     assert models.pick_dtype("auto", "cpu", [narrow, narrow]) == models.pick_dtype("float32", "cuda", []) == "float32"
+    broken.write_bytes(broken.read_bytes()[:30])
+    with pytest.raises(UserError, match="copy the file anew"):
+        models.pick_dtype("auto", "cuda", [narrow])
