@@ -10,13 +10,12 @@ saved state when the same command is run again, also with another number of proc
     torchrun --nproc-per-node 4 -m dpo --model llama ... weights in shards over 4 GPUs
 """
 
-import json
-from pathlib import Path
-
 import click
 
+from lib import cli
 from lib.cli import LARGEST_SEED, Finite, options
-from lib.embedded import EMBEDDED
+
+PROGRAM = "python -m dpo"
 
 
 @click.command(help=__doc__)
@@ -61,47 +60,61 @@ from lib.embedded import EMBEDDED
 @click.option("--seed", type=click.IntRange(0, LARGEST_SEED))
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the checkpoint.  [default: the cache]")
 @options("overwrite", "dry-run")
+def command(**given):
+    main(**given)
+
+
+cli.check(command, __name__, PROGRAM)  # --help and wrong options end here, before torch is imported
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dpo import sharding, trainable
+from dpo.config import Config, default_preset, make_config
+from dpo.data import TokenPair, held_out, split, tokenize
+from dpo.train import train
+from lib import artifacts, checkpoints, data, models, plots_training, results, tokens
+from lib.dry_run import RUNTIME, said, seconds, sizes
+from lib.embedded import EMBEDDED
+from lib.errors import UserError
+from lib.families import shape_of
+
+
 def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run, **changes):
-    import dataclasses
-
-    from dpo.config import default_preset, make_config
-    from dpo.data import held_out, split, tokenize
-    from dpo.trainable import check_choice, read
-    from lib import artifacts, checkpoints, data, tokens
-    from lib.errors import UserError
-    from lib.families import shape_of
-    from lib.models import pick_device, resolve, stored_entries
-
+    """Train, and print the checkpoint's folder; with `dry_run` print what that would take."""
+    # 1. The options are checked.
     if out:
         out = artifacts.resolved(Path(out))
         artifacts.check_output(out, overwrite)
-    device = pick_device(device)
+    device = models.pick_device(device)
     if changes["trainable"]:
-        changes["trainable"] = read(changes["trainable"])
+        changes["trainable"] = trainable.read(changes["trainable"])
     changes["dtype"] = "float32" if dtype == "auto" else dtype
     config = make_config(preset or default_preset(model), model, **changes)
-    loaded = data.pairs(pairs)
-    updates = config.updates(len(loaded.items) - held_out(len(loaded.items), config.valid_fraction))
-    if changes["warmup"] is None and updates <= config.warmup:
-        shorter = dataclasses.replace(config, warmup=updates // 10)
-        click.echo(
-            f"{len(loaded.items)} pairs make {updates} updates, fewer than this preset's warm-up of {config.warmup}: "
-            f"the warm-up is {shorter.warmup} (bring more --pairs, or give --warmup).",
-            err=True,
-        )
-        config = shorter
-    source = resolve(model, revision)
+
+    # 2. The pairs are read.
+    preferences = data.pairs(pairs)
+    if changes["warmup"] is None:
+        config = with_fitting_warmup(config, len(preferences.items))
+
+    # 3. The model is checked, and the pairs with its tokenizer.
+    source = models.resolve(model, revision)
     if source.adapter and config.trainable.startswith("lora"):
         raise UserError(f"--model {model}: is an adapter itself; merge it first, or train other parts than lora.")
     tokenizer, shape = checkpoints.read_tokenizer(source), shape_of(Path(source.path), source.name)
     tokens.check_vocabulary(tokenizer, shape.vocabulary, source.name)
     checkpoints.check(source)
-    split(tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos),
-          config.valid_fraction, config.seed)  # fmt: skip
-    check_choice(config.trainable, shape)
-    fields = {
+    token_pairs = tokenize(tokenizer, preferences.items, config.max_prompt, config.max_response, config.append_eos)
+    train_pairs, valid_pairs = split(token_pairs, config.valid_fraction, config.seed)
+    trainable.check_choice(config.trainable, shape)
+    determinants = {
         "model": source.revision,
-        "pairs": loaded.sha256,
+        "pairs": preferences.sha256,
         "config": dataclasses.asdict(config),
         "device": device,
         "code": artifacts.code_version(
@@ -110,120 +123,131 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
         "versions": artifacts.versions("torch", "transformers", "peft"),
     }
 
+    # 4. A dry run tells the plan and ends.
     if dry_run:
-        there = not out and artifacts.is_whole(artifacts.folder_of("dpo", fields))
-        click.echo("The cache holds this checkpoint already." if there else plan(source, loaded, config, device))
+        is_cached = not out and artifacts.is_whole(artifacts.folder_of("dpo", determinants))
+        click.echo(
+            "The cache holds this checkpoint already."
+            if is_cached
+            else plan(source, len(tokenizer), train_pairs, valid_pairs, config, device)
+        )
         return
 
-    from dpo import sharding
-
-    place = sharding.begin(device)
-
-    size = 4 * sum(stored_entries(Path(source.path)).values())  # float32: the best checkpoint, and the saved state's
-    needs_bytes = size * (6 if config.trainable == "all" else 3)  # the best one, weights and averages twice, room
-
-    def build(folder: Path) -> None:
-        run(source, loaded, config, place, sharding.said_by_first(folder))
-
-    try:
-        if sharding.rank():  # process 0 opens the folder, unless the checkpoint is there already
-            if folder := sharding.said_by_first(None):
-                run(source, loaded, config, place, folder)
-        elif out:
-            with artifacts.output(Path(out), fields, overwrite, needs_bytes) as folder:
-                build(folder)
-            click.echo(out)
-        else:
-            there = artifacts.is_whole(artifacts.folder_of("dpo", fields))
-            made = artifacts.make("dpo", fields, build, needs_bytes, resumable=True)
-            if there:
-                sharding.said_by_first(None)
-            click.echo(made)
-    finally:
-        sharding.end()
+    # 5. The model is trained, unless the cache holds the checkpoint.
+    if checkpoint := make_checkpoint(source, preferences, config, device, determinants, out, overwrite):
+        click.echo(checkpoint)
 
 
-def plan(source, loaded, config, device: str) -> str:
+def with_fitting_warmup(config: Config, n_pairs: int) -> Config:
+    """The configuration, with a shorter warm-up (and a line that says so) where the pairs make too few updates."""
+    updates = config.updates(n_pairs - held_out(n_pairs, config.valid_fraction))
+    if updates > config.warmup:
+        return config
+    shorter = dataclasses.replace(config, warmup=updates // 10)
+    click.echo(
+        f"{n_pairs} pairs make {updates} updates, fewer than this preset's warm-up of {config.warmup}: "
+        f"the warm-up is {shorter.warmup} (bring more --pairs, or give --warmup).",
+        err=True,
+    )
+    return shorter
+
+
+def plan(
+    source, vocabulary: int, train_pairs: list[TokenPair], valid_pairs: list[TokenPair], config: Config, device: str
+) -> str:
     """What training would take: an estimate from the pairs' tokens and this machine's rates."""
-    import torch
-
-    from dpo.data import split, tokenize
-    from lib import rehearsal
-    from lib.checkpoints import read_tokenizer
-
-    tokenizer = read_tokenizer(source)
-    pairs = tokenize(tokenizer, loaded.items, config.max_prompt, config.max_response, config.append_eos)
-    trained, valid = split(pairs, config.valid_fraction, config.seed)
+    pairs = train_pairs + valid_pairs
     of_update = config.batch_size * config.accumulate
-    updates = config.updates(len(trained))
-    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
-    answers = tokens - sum(pair.chosen_start + pair.rejected_start for pair in pairs) / len(pairs)
-    body, head = rehearsal.sizes(source.path)
+    updates = config.updates(len(train_pairs))
+    # Means over the pairs: of all tokens, prompts counted with each response, and of the responses' alone.
+    all_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
+    response_tokens = all_tokens - sum(pair.chosen_start + pair.rejected_start for pair in pairs) / len(pairs)
+    body, head = sizes(source.path)
     # Forward, again by layers in the backward pass, and backward twice as much; the reference's pass over all once.
-    passes = [(4 * tokens * of_update, 3 * answers * of_update)] * updates
-    passes += [(tokens * of_update, answers * of_update)] * (len(pairs) // of_update)
-    seconds = rehearsal.seconds(passes, body, head, getattr(torch, config.dtype).itemsize, device)
+    passes = [(4 * all_tokens * of_update, 3 * response_tokens * of_update)] * updates
+    passes += [(all_tokens * of_update, response_tokens * of_update)] * (len(pairs) // of_update)
+    duration = seconds(passes, body, head, getattr(torch, config.dtype).itemsize, device)
     kept = 4 if config.trainable == "all" else 1  # weights, gradients, the optimizer's averages and their roots
-    logits = 12 * config.batch_size * answers * len(tokenizer)
-    memory = 4 * kept * (body + head) + logits + rehearsal.RUNTIME
+    logits = 12 * config.batch_size * response_tokens * vocabulary
+    memory = 4 * kept * (body + head) + logits + RUNTIME
     lines = [
         f"{source.name}: {(body + head) / 1e6:,.0f} million parameters, {config.trainable} trained",
-        f"{updates} updates of {of_update} of {len(trained)} pairs, {len(valid)} held out",
+        f"{updates} updates of {of_update} of {len(train_pairs)} pairs, {len(valid_pairs)} held out",
         config.ends_in_warmup(updates),
-        f"about {rehearsal.said(seconds)} at most, {memory / 1e9:.0f} GB of memory, "
-        f"{4 * (body + head) / 1e9:.1f} GB of disk",
+        f"about {said(duration)} at most, {memory / 1e9:.0f} GB of memory, {4 * (body + head) / 1e9:.1f} GB of disk",
         "An estimate: twice the floor by this machine's measured rates. Nothing was trained or written.",
     ]
     return "\n".join(line for line in lines if line)
 
 
-def run(source, loaded, config, device: str, folder: Path) -> None:
+def make_checkpoint(
+    source, preferences, config: Config, device: str, determinants: dict, out: Path | None, overwrite: bool
+) -> Path | None:
+    """Train into `out`, or into the cache; process 0 opens the folder and returns it, the others return None."""
+    float32_bytes = 4 * sum(models.stored_entries(Path(source.path)).values())
+    # The best checkpoint, the saved state's weights and averages twice, and room.
+    needs_bytes = float32_bytes * (6 if config.trainable == "all" else 3)
+    own_device = sharding.begin(device)
+
+    def build(folder: Path) -> None:
+        train_into(sharding.said_by_first(folder), source, preferences, config, own_device)
+
+    try:
+        if sharding.rank():
+            if folder := sharding.said_by_first(None):  # none: process 0 found the checkpoint in the cache
+                train_into(folder, source, preferences, config, own_device)
+            return None
+        if out:
+            with artifacts.output(out, determinants, overwrite, needs_bytes) as folder:
+                build(folder)
+            return out
+        is_cached = artifacts.is_whole(artifacts.folder_of("dpo", determinants))
+        checkpoint = artifacts.make("dpo", determinants, build, needs_bytes, resumable=True)
+        if is_cached:
+            sharding.said_by_first(None)
+        return checkpoint
+    finally:
+        sharding.end()
+
+
+def train_into(folder: Path, source, preferences, config: Config, device: str) -> None:
     """Load the model and train into `folder`, showing the progress."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from dpo import sharding
-    from dpo.train import train
-    from lib import plots
-    from lib.checkpoints import read_module, read_tokenizer
-    from lib.results import versions
-
     # PEFT trains adapters in float32 whatever the frozen weights are in.
     held = config.dtype if config.trainable.startswith("lora") else "float32"
-    model, tokenizer = read_module(source, held, device), read_tokenizer(source)
+    model, tokenizer = checkpoints.read_module(source, held, device), checkpoints.read_tokenizer(source)
     about = {
         "model": source.name,
         "model_revision": source.revision,
-        "pairs": loaded.provenance,
+        "pairs": preferences.provenance,
         "dtype": config.dtype,
         "device": device,
-        "versions": versions(),
+        "versions": results.versions(),
     }
     columns = [
         TextColumn("DPO"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[measures]}"),
     ]
     with Progress(*columns, console=Console(stderr=True, quiet=sharding.rank() > 0)) as bar:
-        task = bar.add_task("DPO", total=None, said="reference log-probabilities")
+        task = bar.add_task("DPO", total=None, measures="reference log-probabilities")
 
         def progress(done: int, total: int, record: dict) -> None:
             if bar.tasks[task].total is None and (warning := config.ends_in_warmup(total)):
                 bar.console.print(warning)
-            said = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.2f}  margin {record['margin']:.3f}"
-            bar.update(task, completed=done, total=total, said=said)
+            measures = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.2f}  margin {record['margin']:.3f}"
+            bar.update(task, completed=done, total=total, measures=measures)
             if "valid_loss" in record:
                 bar.console.print(
                     f"update {done}: validation loss {record['valid_loss']:.3f}, "
                     f"accuracy {record['valid_accuracy']:.2f}, margin {record['valid_margin']:.3f}"
                 )
 
-        train(model, tokenizer, loaded.items, config, folder, about, progress)
+        train(model, tokenizer, preferences.items, config, folder, about, progress)
     if sharding.rank() == 0:
         log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        plots.training([json.loads(line) for line in log], folder / "figures" / "training.png")
+        plots_training.training([json.loads(line) for line in log], folder / "figures" / "training.png")
     adapter = folder / "adapter_config.json"
     if sharding.rank() == 0 and adapter.exists():  # PEFT wrote the folder that the base model lay in
         described = json.loads(adapter.read_text()) | base_of_adapter(source)
@@ -232,16 +256,14 @@ def run(source, loaded, config, device: str, folder: Path) -> None:
 
 def base_of_adapter(source) -> dict:
     """How a LoRA checkpoint names its base model: a Hub id and commit, a folder, or an embedded model's name."""
-    from lib.models import MODELS
-
     if Path(source.name).is_dir():
         return {"base_model_name_or_path": str(Path(source.name).resolve()), "revision": None}
     on_hub = source.name not in EMBEDDED
     return {
-        "base_model_name_or_path": MODELS.get(source.name, source.name),
+        "base_model_name_or_path": models.MODELS.get(source.name, source.name),
         "revision": source.revision if on_hub else None,
     }
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m dpo")
+    command(prog_name=PROGRAM)

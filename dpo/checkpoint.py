@@ -53,8 +53,8 @@ def load_state(folder: Path, model, optimizer) -> dict | None:
         of, _, key = name.partition("|")
         if key:
             like = parameters[of]
-            whole = tuple(about.size) == tuple(like.shape)  # a step's number is a tensor of its own
-            value = torch.zeros_like(like) if whole else torch.zeros(about.size, dtype=about.properties.dtype)
+            of_its_shape = tuple(about.size) == tuple(like.shape)  # a step's number is a tensor of its own
+            value = torch.zeros_like(like) if of_its_shape else torch.zeros(about.size, dtype=about.properties.dtype)
             tensors[name] = value.detach()
             optimizer.state[like][key] = tensors[name]
     dcp.load(tensors, storage_reader=reader, no_dist=world() == 1)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo.trainable import has_added_biases, layers_of
@@ -53,9 +55,9 @@ def shared(parts: list) -> list:
     """Every process's list, dealt out in turn: the first of each, the second of each, and so on."""
     if world() == 1:
         return parts
-    found = [None] * world()
-    dist.all_gather_object(found, parts)
-    return [part for turn in zip(*found, strict=True) for part in turn]
+    lists = [None] * world()
+    dist.all_gather_object(lists, parts)
+    return [part for turn in zip(*lists, strict=True) for part in turn]
 
 
 def summed(totals: dict[str, float]) -> dict[str, float]:
@@ -79,7 +81,6 @@ def shard(model, masks: dict) -> tuple[dict, object]:
     """
     if world() == 1:
         return masks, model
-    from torch.distributed.fsdp import fully_shard
 
     weightless = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     skeleton = copy.deepcopy(model, weightless)
@@ -90,11 +91,11 @@ def shard(model, masks: dict) -> tuple[dict, object]:
     # without gradients, and an optimizer would hold tensors that the shards know nothing of.
     fully_shard(model, reshard_after_forward=True)
     parameters = dict(model.named_parameters())
-    found = {
+    sharded_masks = {
         parameters[name]: distribute_tensor(mask, parameters[name].device_mesh, parameters[name].placements)
         for name, mask in by_name.items()
     }
-    return found, skeleton
+    return sharded_masks, skeleton
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,12 +111,10 @@ def save_pretrained(model, skeleton, tokenizer, folder: Path) -> None:
         model.save_pretrained(folder, **named)
         tokenizer.save_pretrained(folder)
         return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    once = dict(model.named_parameters())
+    stored = dict(model.named_parameters())
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in once:  # a head tied to the embedding
+        if name not in stored:  # a head tied to the embedding
             weights.pop(name, None)
     if rank() == 0:
         skeleton.save_pretrained(folder, state_dict=weights, **named)

@@ -171,8 +171,8 @@ def prepare(model) -> None:
 
 def trained_entries(model, masks: dict) -> int:
     """How many numbers training may change."""
-    whole = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in masks)
-    return whole + sum(int(mask.sum()) for mask in masks.values())
+    unmasked = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in masks)
+    return unmasked + sum(int(mask.sum()) for mask in masks.values())
 
 
 def evaluate(model, reference, pairs: list[TokenPair], log_probs, config: Config, device) -> dict[str, float]:
@@ -240,13 +240,13 @@ def _log_probs(model, pairs: list[TokenPair], config: Config) -> list[tuple[floa
     """Summed log-probabilities of both responses of each pair."""
     device = next(model.parameters()).device
     filled = pairs + pairs[-1:] * (-len(pairs) % world())  # every process takes as many
-    mine, found = filled[rank() :: world()], []
+    mine, log_probs = filled[rank() :: world()], []
     with torch.no_grad():
         for at in range(0, len(mine), config.batch_size):
             batch = collate(mine[at : at + config.batch_size]).to(device)
             both = response_log_probs(response_logits(model, batch, config.dtype), batch.targets, batch.mask)
-            found += zip(*(side.tolist() for side in both.chunk(2)), strict=True)
-    return shared(found)[: len(pairs)]
+            log_probs += zip(*(side.tolist() for side in both.chunk(2)), strict=True)
+    return shared(log_probs)[: len(pairs)]
 
 
 def update_pairs(step: int, per_update: int, n: int, seed: int) -> list[int]:

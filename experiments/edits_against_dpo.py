@@ -15,40 +15,55 @@ It measures nothing itself and needs no model. Writes run.json and figures/ to r
     python experiments/edits_against_dpo.py runs/patch_four_groups/gemma runs/probe_free_editing/gemma runs/steer/gemma
 """
 
-import json
-from pathlib import Path
-
 import click
 
-from lib.cli import options
-
-DEFAULT = "results/section6"
-SAME = ("model", "limit", "protocol", "scorer", "second_scorer")  # what all records must have in common
+from lib.cli import check, options
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("folders", nargs=-1)
 @options("seed", "out", "overwrite")
-def main(folders, seed, out, overwrite):
-    from lib import artifacts
-    from lib.models import short_name
+def command(**options):
+    main(**options)
 
-    root = Path(__file__).parents[1] / DEFAULT
-    found = [Path(folder) for folder in folders] or sorted(path.parent for path in root.glob("*/run.json"))
-    records = [read(folder) for folder in found]
-    check(found, records)
+
+check(command, __name__)  # --help and wrong options end here, before numpy is imported
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from lib import artifacts, plots, results
+from lib.errors import UserError
+from lib.evaluation import average
+from lib.models import short_name
+from lib.statistics import Bootstrap
+from lib.tables import wide_console, with_interval
+
+DEFAULT = "results/section6"
+SAME = ("model", "limit", "protocol", "scorer", "second_scorer")  # what all records must have in common
+
+
+def main(folders, seed, out, overwrite):
+    known = (Path(__file__).parents[1] / DEFAULT).glob("*/run.json")
+    folders = [Path(folder) for folder in folders] or sorted(path.parent for path in known)
+    records = [read(folder) for folder in folders]
+    check_alike(folders, records)
     target = Path(out or f"runs/edits_against_dpo/{short_name(records[0]['model'])}")
-    settings = {"records": [artifacts.file_sha256(folder / "run.json") for folder in found], "seed": seed}
+    settings = {"records": [artifacts.file_sha256(folder / "run.json") for folder in folders], "seed": seed}
     with artifacts.output(target, settings, overwrite) as work:
         record = compare(records, seed)
-        write(work, record, found, settings)
+        plots.trade_off(record["rows"], record["params"]["scorer"], work / "figures" / "pareto.png")
+        record["provenance"] = results.provenance(settings=settings, records=[folder.name for folder in folders])
+        results.write_json(work / "run.json", record)
     report(record, target)
 
 
 def read(folder: Path) -> dict:
     """A record with its measurements. Raises UserError when it is none."""
-    from lib.errors import UserError
-
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         lines = (folder / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
@@ -63,10 +78,8 @@ def read(folder: Path) -> dict:
     return record
 
 
-def check(folders: list[Path], records: list[dict]) -> None:
+def check_alike(folders: list[Path], records: list[dict]) -> None:
     """Raise UserError unless all were measured alike: numbers on other prompts cannot be paired."""
-    from lib.errors import UserError
-
     if not records:
         raise UserError(f"no records given, and none in {DEFAULT}; run the three scripts first and give their folders.")
 
@@ -83,64 +96,57 @@ def check(folders: list[Path], records: list[dict]) -> None:
 
 def compare(records: list[dict], seed: int) -> dict:
     """Every condition against DPO; conditions of several seeds and draws are averaged first."""
-    import numpy as np
-
-    from lib.evaluation import average
-    from lib.statistics import Bootstrap
-
-    runs: dict[tuple, list[dict]] = {}
+    runs: dict[tuple, list[dict]] = {}  # (condition, kind, of, means) -> measurements
     for number, record in enumerate(records):
         for line in record["measurements"]:
-            key = (line["name"], line["kind"], line["of"], line["means"])
-            if key[0] in ("none", "dpo") and number:  # measured in every record, the same each time
+            if line["name"] in ("none", "dpo") and number:  # measured in every record, the same each time
                 continue
-            runs.setdefault(key, []).append(line)
-    numbers = {"toxicity", "second", "nll", "tokens"}
-    mean = {
-        key: average([{k: v for k, v in line.items() if k in numbers} | {"continuations": []} for line in lines])
-        for key, lines in runs.items()
-    }
-    dpo, none = (mean[name, "none", "", "same"] for name in ("dpo", "none"))
+            compared = {key: line[key] for key in ("toxicity", "second", "nll", "tokens") if key in line}
+            key = (line["name"], line["kind"], line["of"], line["means"])
+            runs.setdefault(key, []).append(compared | {"continuations": []})
+    mean = {key: average(measured) for key, measured in runs.items()}
+    none, dpo = (mean[name, "none", "", "same"] for name in ("none", "dpo"))
     prompts, passages = Bootstrap(len(dpo["toxicity"]), seed), Bootstrap(len(dpo["nll"]), seed + 1)
     shown = [key for key in mean if "nll" in mean[key]]
     toxicity = np.stack([np.asarray(mean[key]["toxicity"])[prompts.rows].mean(1) for key in shown])
     nll = np.stack([np.asarray(mean[key]["nll"])[passages.rows].sum(1) for key in shown])
     log_ppl = nll / np.asarray(dpo["tokens"])[passages.rows].sum(1)
-    front = share_on_front(toxicity, log_ppl)
     rows = []
-    for key, on_front in zip(shown, front, strict=True):
-        values = mean[key]
-        worse = passages.ratio([a - b for a, b in zip(values["nll"], dpo["nll"], strict=True)], values["tokens"])
-        against = prompts.difference(values["toxicity"], dpo["toxicity"])
+    for key, on_front in zip(shown, share_on_front(toxicity, log_ppl), strict=True):
         row = dict(zip(("condition", "kind", "of", "means"), key, strict=True))
-        row |= {
-            "means": None if key[3] == "same" else key[3],
-            "runs": len(runs[key]),
-            "toxicity": prompts.mean(values["toxicity"]),
-            "toxicity_against_dpo": against,
-            "log_ppl": sum(values["nll"]) / sum(values["tokens"]),
-            "log_ppl_change": passages.ratio(
-                [a - b for a, b in zip(values["nll"], none["nll"], strict=True)], values["tokens"]
-            ),
-            "log_ppl_against_dpo": worse,
-            "beats_dpo": against["high"] < 0 and worse["high"] <= 0,
-            "share_on_front": float(on_front),
-        }
-        if "second" in values:
-            row["second_toxicity"] = prompts.mean(values["second"])
-            row["second_toxicity_against_dpo"] = prompts.difference(values["second"], dpo["second"])
-            first, second = (prompts.difference(values[name], none[name]) for name in ("toxicity", "second"))
-            row["scorers_agree"] = (first["mean"] < 0) == (second["mean"] < 0)
-        rows.append(row)
+        row |= {"means": None if row["means"] == "same" else row["means"], "runs": len(runs[key])}
+        rows.append(row | against_dpo(mean[key], none, dpo, float(on_front), prompts, passages))
     rows.sort(key=lambda row: row["toxicity"]["mean"])
     params = {key: records[0]["params"][key] for key in SAME if key != "model"}
     return {"script": "edits_against_dpo", "model": records[0]["model"], "params": params, "rows": rows}
 
 
+def against_dpo(values: dict, none: dict, dpo: dict, on_front: float, prompts: Bootstrap, passages: Bootstrap) -> dict:
+    """A condition's entries in run.json: toxicity and nats per token, and paired differences to base model and DPO."""
+    toxicity = prompts.difference(values["toxicity"], dpo["toxicity"])
+    change, log_ppl = (
+        passages.ratio([a - b for a, b in zip(values["nll"], other["nll"], strict=True)], values["tokens"])
+        for other in (none, dpo)
+    )
+    row = {
+        "toxicity": prompts.mean(values["toxicity"]),
+        "toxicity_against_dpo": toxicity,
+        "log_ppl": sum(values["nll"]) / sum(values["tokens"]),
+        "log_ppl_change": change,
+        "log_ppl_against_dpo": log_ppl,
+        "beats_dpo": toxicity["high"] < 0 and log_ppl["high"] <= 0,
+        "share_on_front": on_front,
+    }
+    if "second" in values:
+        row["second_toxicity"] = prompts.mean(values["second"])
+        row["second_toxicity_against_dpo"] = prompts.difference(values["second"], dpo["second"])
+        first, second = (prompts.difference(values[name], none[name]) for name in ("toxicity", "second"))
+        row["scorers_agree"] = (first["mean"] < 0) == (second["mean"] < 0)
+    return row
+
+
 def share_on_front(toxicity, log_ppl):
     """In which share of resamples each condition is on the Pareto front. Both `[n_conditions, n_resamples]`."""
-    import numpy as np
-
     shares = np.zeros(len(toxicity))
     for at in range(len(toxicity)):
         as_good = (toxicity <= toxicity[at]) & (log_ppl <= log_ppl[at])
@@ -149,28 +155,13 @@ def share_on_front(toxicity, log_ppl):
     return shares
 
 
-def write(work: Path, record: dict, folders: list[Path], settings: dict) -> None:
-    """The figure and the record."""
-    from lib import plots, results
-
-    plots.trade_off(record["rows"], record["params"]["scorer"], work / "figures" / "pareto.png")
-    record["provenance"] = results.provenance(settings=settings, records=[folder.name for folder in folders])
-    results.write_json(work / "run.json", record)
-
-
 def report(record: dict, out: Path) -> None:
     """Print every condition that is no control, by toxicity, and the answer."""
-    from rich import box
-    from rich.table import Table
-
-    from lib.tables import wide_console, with_interval
-
     console, params = wide_console(), record["params"]
     console.width = max(console.width, 160)
-    view = Table(
-        title=f"{record['model']}, {params['limit']} prompts, toxicity by {params['scorer']}, 2nd by "
-        f"{params['second_scorer']}", title_justify="left", box=box.SIMPLE_HEAD,
-    )  # fmt: skip
+    scorers = f"toxicity by {params['scorer']}, 2nd by {params['second_scorer']}"
+    title = f"{record['model']}, {params['limit']} prompts, {scorers}"
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     names = ("edit", "toxicity [95 %]", "against DPO", "log-ppl", "against DPO", "on front", "by 2nd", "scorers agree")
     view.add_column("condition", no_wrap=True)
     for name in names:
@@ -180,11 +171,10 @@ def report(record: dict, out: Path) -> None:
             continue
         second = f"{row['second_toxicity']['mean']:.3f}" if "second_toxicity" in row else "-"
         agree = "-" if "scorers_agree" not in row or row["condition"] == "none" else str(row["scorers_agree"]).lower()
-        view.add_row(
-            row["condition"], row["kind"], with_interval(row["toxicity"], 3),
-            with_interval(row["toxicity_against_dpo"], 3), f"{row['log_ppl']:.2f}",
-            with_interval(row["log_ppl_against_dpo"], 2), f"{100 * row['share_on_front']:.0f} %", second, agree,
-        )  # fmt: skip
+        toxicity = (with_interval(row["toxicity"], 3), with_interval(row["toxicity_against_dpo"], 3))
+        log_ppl = (f"{row['log_ppl']:.2f}", with_interval(row["log_ppl_against_dpo"], 2))
+        on_front = f"{100 * row['share_on_front']:.0f} %"
+        view.add_row(row["condition"], row["kind"], *toxicity, *log_ppl, on_front, second, agree)
     console.print(view)
     edits = [row for row in record["rows"] if row["kind"] != "none" and not row["of"]]
     winners = [f"{row['condition']} ({row['kind']})" for row in edits if row["beats_dpo"]]
@@ -193,4 +183,4 @@ def report(record: dict, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

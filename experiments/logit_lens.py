@@ -19,115 +19,118 @@ profanity) and figures/ to runs/logit_lens/<model>/.
 
 import click
 
-from lib.cli import options
-from lib.families import layers, mlp_norm, n_layers, unembed
-from lib.observation import OPTIONS
+from lib.cli import LOOKING, check, options
 
+UNREAD = ("probe", "comments", "protocol", "released")  # no probe, no choice of the audit
 HALVES = ("mid", "end")  # after attention, after the MLP
 SHADED = 4  # half-layers that the figure shades: those that raise the token most
 ALL = 1_000_000  # prompts: one forward pass each needs no smaller default
-UNREAD = {
-    "probe": None,
-    "comments": "embedded",
-    "protocol": "sound",
-    "released": [],
-}  # no probe, no choice of the audit
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*(name for name in OPTIONS if name not in UNREAD), "raw-text")
+@options(*(name for name in LOOKING if name not in UNREAD), "raw-text")
 @click.option("--tokens", help="Toxic tokens, separated by commas, spaces kept.  [default: what --judge finds]")
 @click.option("--judge", default="words", show_default=True, help="Scorer that says which next tokens are toxic.")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from collections import Counter
+
+import nnsight
+import numpy as np
+import torch
+
+from lib import experiment, metrics, observation, plots_neurons, results, tables
+from lib.dry_run import Plan, Traces
+from lib.errors import UserError
+from lib.families import layers, mlp_norm, n_layers, unembed
+from lib.remote import session
+from lib.statistics import Bootstrap, interval
+from lib.tokens import inner_ids
+
+
 def main(tokens, judge, **options):
-    from lib import metrics, observation
+    tokens = tokens.split(",") if tokens else None
+    scorer = None if tokens else metrics.scorer(judge)
+    options |= {"tokens": tokens, "judge": judge, "limit": options["limit"] or ALL}
+    # The base model's next tokens and its lens, then the lens of each seed's model after DPO.
+    plan = Plan(means=False, traces=[Traces("read", models=2, once=True), Traces("read")])
 
-    verdict = None if tokens else metrics.scorer(judge)
-    options["limit"] = options["limit"] or ALL
-    given = tokens.split(",") if tokens else None
-    with observation.begin("logit_lens", {**options, **UNREAD, "judge": judge, "tokens": given}, ("post",)) as run:
-        ids = single_tokens(run.base.tokenizer, given) if given else None
-        rows, lines = [], []
-        for stage in run.stages(means=False):
-            measured = measure(run, stage, verdict, ids)
-            rows.append(summary(run, stage.seed, *measured))
-            lines = lines or measured[0]
-        record = write(run, rows, lines)
-    report(run, record, lines)
+    with experiment.begin("logit_lens", options, plan, needs=("post",)) as inputs:
+        ids = single_tokens(inputs.base.tokenizer, tokens) if tokens else None
+        batches = observation.prompts_of(inputs)
+        chosen = next_tokens(inputs.base, batches, inputs.remote)
+        lines = judged(inputs, chosen, ids, scorer)
+        toxic = np.array([line["toxic"] for line in lines])
+        asked = list(zip(batches, chosen, strict=True))
+        pre = by_prompt(lens(inputs.base, asked, inputs.remote))
+        rows = []
+        for run in inputs.runs(means=False):  # one for each seed
+            post = by_prompt(lens(run.post, asked, inputs.remote))
+            rows.append({"seed": run.seed, **summary(toxic, pre, post, options["seed"])})
+
+        results.write_lines(inputs.work / "lens.jsonl", lines)
+        plots_neurons.logit_lens(rows[0], inputs.work / "figures" / "logit_lens.png")
+        record = observation.write(inputs, rows, {}, judge=judge, tokens=tokens)
+    show(inputs, record, lines)
 
 
-def single_tokens(tokenizer, given: list[str]) -> list[int]:
+def single_tokens(tokenizer, texts: list[str]) -> list[int]:
     """Ids of texts that are one token each. Raises UserError with the split of one that is not."""
-    from lib.errors import UserError
-    from lib.tokens import inner_ids
-
-    found = []
-    for text, ids in zip(given, inner_ids(tokenizer, given), strict=True):
+    split = inner_ids(tokenizer, texts)
+    for text, ids in zip(texts, split, strict=True):
         if len(ids) != 1:
             parts = " | ".join(tokenizer.decode([i]) for i in ids) or "nothing"
             raise UserError(
                 f"--tokens {text!r}: {len(ids)} tokens ({parts}) where one is expected; mind leading spaces."
             )
-        found += ids
-    return found
+    return [ids[0] for ids in split]
 
 
-def measure(run, stage, verdict, ids: list[int] | None) -> tuple:
-    """What each prompt's next token is, and its probability after each half-layer of both models.
+def judged(inputs, chosen: list[torch.Tensor], ids: list[int] | None, scorer) -> list[dict]:
+    """A line for each prompt: its next token in the base model, and whether that is toxic.
 
-    Returns: a line for each prompt, and `{"pre", "post"}` of `[n_prompts, 1 + 2 n_layers]`.
+    Args:
+        chosen: next tokens `[batch]` of each batch.
+        ids: the toxic ones; None: those that the scorer finds.
+
+    Raises:
+        UserError: none is toxic.
     """
-    import torch
-
-    from lib import observation
-    from lib.errors import UserError
-
-    base, asked = run.base, observation.prompts_of(run)
-    chosen = next_tokens(base, asked, run.remote)
-    models = {"pre": base, "post": stage.post}
-    parts = {name: lens(model, list(zip(asked, chosen, strict=True)), run.remote) for name, model in models.items()}
     targets = [i for part in chosen for i in part.tolist()]
-    texts = [base.tokenizer.decode([i]) for i in targets]
-    toxic = [i in ids for i in targets] if ids else (verdict(texts) > 0.5).tolist()
+    texts = [inputs.base.tokenizer.decode([i]) for i in targets]
+    toxic = [i in ids for i in targets] if ids else (scorer(texts) > 0.5).tolist()
     if not any(toxic):
-        what = ", ".join(map(repr, run.options["tokens"])) if ids else "a listed word"
+        what = ", ".join(map(repr, inputs.options["tokens"])) if ids else "a listed word"
         raise UserError(f"--prompts: none of {len(toxic)} has {what} as its next token; give more or other prompts.")
-    lines = [
-        {"prompt": prompt, "token": token, "toxic": bool(bad)}
-        for prompt, token, bad in zip(run.prompts.items, texts, toxic, strict=True)
-    ]
-    return lines, {name: torch.cat(found, 1).T.double().numpy() for name, found in parts.items()}
+    columns = zip(inputs.prompts.items, texts, toxic, strict=True)
+    return [{"prompt": prompt, "token": token, "toxic": bool(bad)} for prompt, token, bad in columns]
 
 
-def next_tokens(model, batches: list[dict], remote=False) -> list:
+def next_tokens(model, batches: list[dict], remote=False) -> list[torch.Tensor]:
     """The most likely next token of each prompt, `[batch]` of each batch."""
-    import nnsight
-
-    from lib.remote import session
-
     with session(model, remote):
-        found = nnsight.save([])
+        chosen = nnsight.save([])
         for batch in batches:
             with model.trace(batch, logits_to_keep=1):
                 tokens = model.output.logits[:, -1].argmax(-1)
-            found.append(tokens.cpu())
-    return found
+            chosen.append(tokens.cpu())
+    return chosen
 
 
-def lens(model, asked: list[tuple], remote=False) -> list:
+def lens(model, asked: list[tuple], remote=False) -> list[torch.Tensor]:
     """Probability of each prompt's target token at the embedding and each half-layer, `[1 + 2 n_layers, batch]` each.
 
     asked: (batch, target tokens `[batch]`) pairs.
     """
-    import nnsight
-    import torch
-
-    from lib.remote import session
-
     halves = 1 + 2 * n_layers(model)
     with session(model, remote):
-        every = nnsight.save([])
+        of_batches = nnsight.save([])
         for batch, targets in asked:
-            found = torch.zeros(halves, len(targets))
+            probabilities = torch.zeros(halves, len(targets))
             with model.trace(batch, logits_to_keep=1):
                 for half in range(halves):
                     layer = (half - 1) // 2
@@ -137,65 +140,58 @@ def lens(model, asked: list[tuple], remote=False) -> list:
                         stream = mlp_norm(model, layer).input if half % 2 else layers(model)[layer].output
                     logits = unembed(model, stream[:, -1])  # [batch, vocab]
                     chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0]
-                    found[half] = (chosen - logits.logsumexp(-1)).exp().cpu()
-            every.append(found)
-    return every
+                    probabilities[half] = (chosen - logits.logsumexp(-1)).exp().cpu()
+            of_batches.append(probabilities)
+    return of_batches
 
 
-def summary(run, seed: int, lines: list[dict], probabilities: dict) -> dict:
-    """One seed's row: means with intervals over toxic and over plain prompts, and where the probability rises."""
-    import numpy as np
+def by_prompt(of_batches: list[torch.Tensor]) -> np.ndarray:
+    """What `lens` returns as one array, `[n_prompts, 1 + 2 n_layers]` float64."""
+    return torch.cat(of_batches, 1).T.double().numpy()
 
-    from lib.statistics import Bootstrap, interval
 
-    toxic = np.array([line["toxic"] for line in lines])
-    row = {"seed": seed}
-    for kind, chosen in (("toxic", toxic), ("plain", ~toxic)):
-        row[kind] = {"prompts": int(chosen.sum())}
-        if not chosen.any():
-            continue
-        resamples = Bootstrap(int(chosen.sum()), run.options["seed"])
-        last = {}
-        for name in ("pre", "post"):
-            values = probabilities[name][chosen]  # [prompts, 1 + 2 * n_layers]
-            steps = np.diff(values, axis=1)
-            mean = steps.mean(0)
-            rises = np.clip([steps[rows].mean(0) for rows in resamples.rows], 0, None)  # [RESAMPLES, 2 * n_layers]
-            by_mlp = 100 * rises[:, 1::2].sum(1) / np.maximum(rises.sum(1), 1e-30)
-            up = np.clip(mean, 0, None)
-            low, high = np.percentile([values[rows].mean(0) for rows in resamples.rows], (2.5, 97.5), axis=0)
-            row[kind][name] = {
-                "probability": values.mean(0).tolist(),
-                "low": low.tolist(),
-                "high": high.tolist(),
-                "mlp_share_of_rise": interval(100 * up[1::2].sum() / max(up.sum(), 1e-30), by_mlp),
-                "raised_most": [f"L{at // 2} {HALVES[at % 2]}" for at in np.argsort(-mean)[:SHADED] if mean[at] > 0],
-            }
-            last[name] = values[:, -1]
-        row[kind]["change"] = resamples.difference(last["post"], last["pre"])
-        row[kind]["percent_left"] = resamples.ratio(100 * last["post"], last["pre"])
+def summary(toxic: np.ndarray, pre: np.ndarray, post: np.ndarray, seed: int) -> dict:
+    """Over toxic and over plain prompts: both models' probabilities, and how DPO changes the last one.
+
+    Args:
+        toxic: `[n_prompts]` bool.
+        pre, post: probabilities before and after DPO, `[n_prompts, 1 + 2 n_layers]`.
+        seed: of the resamples.
+    """
+    row = {}
+    for kind, prompts in (("toxic", toxic), ("plain", ~toxic)):
+        row[kind] = {"prompts": int(prompts.sum())}
+        if prompts.any():
+            resamples, before, after = Bootstrap(int(prompts.sum()), seed), pre[prompts], post[prompts]
+            row[kind]["pre"], row[kind]["post"] = rises(before, resamples), rises(after, resamples)
+            row[kind]["change"] = resamples.difference(after[:, -1], before[:, -1])
+            row[kind]["percent_left"] = resamples.ratio(100 * after[:, -1], before[:, -1])
     return row
 
 
-def write(run, rows: list[dict], lines: list[dict]) -> dict:
-    """The record of all seeds, prompts and figure of the first."""
-    from lib import observation, plots, results
+def rises(probabilities: np.ndarray, resamples: Bootstrap) -> dict:
+    """Means over prompts with intervals, and where they rise. probabilities `[prompts, 1 + 2 n_layers]`."""
+    steps = np.diff(probabilities, axis=1)
+    mean = steps.mean(0)
+    up = np.clip(mean, 0, None)
+    resampled = np.clip([steps[rows].mean(0) for rows in resamples.rows], 0, None)  # [RESAMPLES, 2 n_layers]
+    by_mlps = 100 * resampled[:, 1::2].sum(1) / np.maximum(resampled.sum(1), 1e-30)
+    low, high = np.percentile([probabilities[rows].mean(0) for rows in resamples.rows], (2.5, 97.5), axis=0)
+    return {
+        "probability": probabilities.mean(0).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "mlp_share_of_rise": interval(100 * up[1::2].sum() / max(up.sum(), 1e-30), by_mlps),
+        "raised_most": [f"L{at // 2} {HALVES[at % 2]}" for at in np.argsort(-mean)[:SHADED] if mean[at] > 0],
+    }
 
-    results.write_lines(run.work / "lens.jsonl", lines)
-    plots.logit_lens(rows[0], run.work / "figures" / "logit_lens.png")
-    return observation.write(run, rows, {}, judge=run.options["judge"], tokens=run.options["tokens"])
 
-
-def report(run, record: dict, lines: list[dict]) -> None:
+def show(inputs, record: dict, lines: list[dict]) -> None:
     """Print probabilities at the end, what is left after DPO, and which half-layers raise the token."""
-    from collections import Counter
-
-    from lib.metrics import mask
-    from lib.tables import show, wide_console
-
-    console, rows = wide_console(), record["rows"]
+    console, rows = tables.wide_console(), record["rows"]
     common = Counter(line["token"] for line in lines if line["toxic"]).most_common(5)
-    shown = ", ".join(f"{token if run.options['raw_text'] else mask(token)!r} {count}" for token, count in common)
+    clean = str if inputs.options["raw_text"] else metrics.mask
+    shown = ", ".join(f"{clean(token)!r} {count}" for token, count in common)
     console.print(f"Toxic next tokens: {shown}", markup=False)
     table = []
     for kind in ("toxic", "plain"):
@@ -207,11 +203,11 @@ def report(run, record: dict, lines: list[dict]) -> None:
             shares = [row[kind][name]["mlp_share_of_rise"] for row in rows]
             table.append(("    MLPs' share of all rises, %", shares, None))
         table.append(("  left after DPO, %", [row[kind]["percent_left"] for row in rows], None))
-    show(console, record, table)
+    tables.show(console, record, table)
     for name, text in (("pre", "before DPO"), ("post", "after DPO")):
         console.print(f"Raised most {text}: {', '.join(rows[0]['toxic'][name]['raised_most'])}")
-    console.print(f"Record, prompts and figure: {run.out}", soft_wrap=True)
+    console.print(f"Record, prompts and figure: {inputs.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -17,26 +17,21 @@ killed run goes on with the batch of prompts that it was at.
     python experiments/make_pairs.py --model gpt2 --prompts wiki.jsonl --iterations 50    # as Lee et al.
 """
 
-import json
-import math
-import time
-from functools import partial
 from pathlib import Path
 
 import click
 
-from lib.cli import REMOTE, Finite, default_limit, default_scorer, options
-from lib.errors import UserError
+from lib.cli import REMOTE, Finite, check, default_limit, default_scorer, options
 
 NEW_TOKENS = 24
 SAMPLED_FROM = 50  # most likely tokens, in best-of-n
+FIELDS = ("prompt_text", "unpert_gen_text", "pert_gen_text", "unpert_gen_toxicity", "pert_gen_toxicity")
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options("model", "revision", "device", "dtype", "seed", "batch-size", "limit", "scorer", "comments", "probe")
-@click.option(
-    "--prompts", default="embedded", show_default=True, help="embedded (other than those of evaluation) or a file."
-)
+@click.option("--prompts", default="embedded", show_default=True,
+              help="embedded (other than those of evaluation) or a file.")  # fmt: skip
 @click.option("--method", type=click.Choice(["pplm", "best-of-n"]), default="pplm", show_default=True)
 @click.option("--samples", type=click.IntRange(2), default=6, show_default=True, help="best-of-n's N.")
 @click.option("--step-size", type=Finite(0, min_open=True), default=0.4, show_default=True)
@@ -51,95 +46,122 @@ SAMPLED_FROM = 50  # most likely tokens, in best-of-n
 @click.option("--out", type=click.Path(dir_okay=False), help="File.  [default: runs/make_pairs/<model>/pairs.jsonl]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @options(*REMOTE, "dry-run")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import time
+from functools import partial
+
+import nnsight
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import LogitsProcessorList
+
+from lib import artifacts, chain, data, dry_run, metrics, models, plots_training, probes, protocol, remote, results
+from lib.errors import UserError
+from lib.families import input_device
+from lib.generation import MAX_PROMPT_TOKENS, batches, decode, end_ids, greedy, gumbel, prompt_ids, until_end
+from lib.pplm import PPLM, generate, passes
+from lib.remote import session
+from lib.tokens import encode
+
+
 def main(method, samples, min_gap, prompts, out, overwrite, **options):
-    from rich.console import Console
-    from rich.progress import track
+    name, seed, hosted = options["model"], options["seed"], options["remote"] == "ndif"
+    out = Path(out or f"runs/make_pairs/{models.short_name(name)}/pairs.jsonl")
+    about_file, figure = out.with_suffix(".about.json"), out.with_suffix(".png")
+    check_files(out, about_file, figure, overwrite)
+    texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
+    source, server = chain.base_source(options), remote.connect(options)
+    needs = ("probe",) if method == "pplm" else ()
+    tokenizer, shape = chain.check_given(options, source, needs)
+    asked = [continued(tokenizer, prompt) for prompt in texts.items]
+    pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__}) if method == "pplm" else None
+    copies = 1 if pplm else samples  # of each prompt in a batch
+    at_once = max(1, options["batch_size"] // copies)  # prompts
+    if options["dry_run"]:
+        rows = [row for row in prompt_ids(tokenizer, asked) for _ in range(copies)]
+        steered, gradients = passes(pplm, rows, at_once, NEW_TOKENS) if pplm else ([], [])
+        over_ids = [*dry_run.generating(rows, at_once * copies, NEW_TOKENS), *steered]
+        first = chain.commands(options, [seed], needs, more=[])
+        dry_run.tell(options, source, over_ids, first=first, beside=gradients)
 
-    from lib import artifacts, chain, data, metrics, plots, probes, remote, results
-    from lib.models import MODELS, load, pick_device, pick_dtype, short_name
-    from lib.pplm import PPLM, beside
-    from lib.protocol import SOUND
+    toxicity = metrics.scorer(default_scorer(name, options["scorer"]))
+    if hosted:
+        remote.report(server, models.MODELS.get(name, name))
+    device = "cpu" if hosted else models.pick_device(options["device"])
+    dtype = options["dtype"] if hosted else models.pick_dtype(options["dtype"], device, [source])
+    settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "device": device, "dtype": dtype}
+    settings |= {"scored_by": toxicity.identity, **{field: options[field] for field in ("seed", "batch_size", "limit")}}
+    if pplm:
+        probe_file = chain.probe_file({**options, "dtype": dtype}, seed, protocol.SOUND)
+        settings |= vars(pplm) | {"probe": artifacts.file_sha256(probe_file)}
+        probe = probes.load_probe(probe_file, shape.d_model)
+        make = partial(greedy_and_toxic, probe=probe, pplm=pplm, seed=seed, remote=server)
+    else:
+        settings |= {"samples": samples}
+        make = partial(least_and_most_toxic, samples=samples, toxicity=toxicity, seed=seed, remote=server)
+    network = models.load(source, device, dtype, hosted)
 
-    if options["dry_run"] and "rehearsal" not in options:
-        from lib.rehearsal import rehearsed
+    unfinished = results.Unfinished(Path(f"{out}.partial"), settings, overwrite, mark="scored_by")
+    done = {row["number"]: row["pair"] for row in unfinished.rows if row.keys() == {"number", "pair"}}
+    # Whole batches: rounding differs with a batch's width, and a run that was killed ends as one that was not.
+    parts = [range(len(asked))[at : at + at_once] for at in range(0, len(asked), at_once)]
+    todo = [part for part in parts if not done.keys() >= set(part)]
+    started = time.monotonic()
+    for part in track(todo, f"Pairs by {method}", console=Console(stderr=True)):
+        sides = make(network, asked={number: asked[number] for number in part})
+        finished = dict(zip(part, scored([asked[number] for number in part], sides, toxicity), strict=True))
+        unfinished.add([{"number": number, "pair": pair} for number, pair in finished.items()])
+        done |= finished
+    seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
+    pairs = [done[number] for number in range(len(asked))]
+    kept = [pair for pair in pairs if pair and differs(pair, min_gap)]
+    if not kept:
+        unfinished.path.unlink()
+        instead = "lower --min-gap, or raise --samples or --step-size"
+        raise UserError(f"no prompt gave two sides {min_gap} apart; {instead}.")
+    dropped = len(pairs) - len(kept)
+    settings |= {"min_gap": min_gap, "kept": len(kept), "dropped": dropped, "seconds_per_prompt": seconds}
+    results.write_json(about_file, settings | results.provenance(data={"prompts": texts.provenance}))
+    plots_training.pair_sides([pair for pair in pairs if pair], min_gap, figure)
+    results.write_lines(out, kept)
+    unfinished.path.unlink()
+    click.echo(
+        f"{len(kept)} pairs of {len(pairs)} prompts ({dropped} dropped: sides less than {min_gap} apart), "
+        f"{seconds} s a prompt -> {out} (raw text: holds profanity)"
+    )
 
-        with rehearsed(options) as given:
-            file, gap = f"{given.pop('out')}/pairs.jsonl", -math.inf  # random texts may all be alike
-            main.callback(method, samples, gap, prompts, file, **given)
-    name, seed, batch_size = options["model"], options["seed"], options["batch_size"]
-    out = Path(out or f"runs/make_pairs/{short_name(name)}/pairs.jsonl")
+
+def check_files(out: Path, about_file: Path, figure: Path, overwrite: bool) -> None:
+    """Raise UserError where the files cannot be written, or would replace others than this script's."""
     artifacts.check_place(artifacts.resolved(out))
-    about_file = out.with_suffix(".about.json")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists; choose another file or add --overwrite.")
     ours = "min_gap" in artifacts.read_object(about_file)
-    if theirs := [file for file in (out, about_file, out.with_suffix(".png")) if file.exists() and not ours]:
+    if theirs := [file for file in (out, about_file, figure) if file.exists() and not ours]:
         raise UserError(f"--out {out}: {theirs[0]} is there and was not written by this script; choose another file.")
-    texts = data.pair_prompts(prompts).first(default_limit(name, options["limit"]))
-    scored_by = default_scorer(name, options["scorer"])
-    toxicity = metrics.scorer(scored_by)
-    hosted = options["remote"] == "ndif"
-    source, server = chain.base_source(options), remote.connect(options)
-    chain.check_given(options, source, ("probe",) if method == "pplm" else ())
-    if hosted:
-        remote.report(server, MODELS.get(name, name))
-    device, dtype = "cpu", options["dtype"]
-    if not hosted:
-        device = pick_device(options["device"])
-        dtype = pick_dtype(dtype, device, [source])
-    settings = {"model": source.revision, "prompts": texts.sha256, "method": method, "device": device, "dtype": dtype}
-    settings |= {"scored_by": toxicity.identity, "seed": seed, "batch_size": batch_size}
-    settings |= {"limit": options["limit"]}
-    if method == "pplm":
-        pplm = PPLM(**{field: options[field] for field in PPLM.__dataclass_fields__})
-        probe_file = chain.probe_file({**options, "dtype": dtype}, seed, SOUND)
-        settings |= vars(pplm) | {"probe": artifacts.file_sha256(probe_file)}
-        network = load(source, device, dtype, hosted)
-        probe = probes.load_probe(probe_file, network._module.config.hidden_size)
-        make = partial(greedy_and_toxic, network, probe, pplm, seed, remote=server)
-    else:
-        settings["samples"], batch_size = samples, max(1, batch_size // samples)
-        network = load(source, device, dtype, hosted)
-        make = partial(least_and_most_toxic, network, samples, toxicity, seed, remote=server)
 
-    unfinished = Path(f"{out}.partial")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    done = read_partial(unfinished, settings, overwrite)
-    # Whole batches: rounding differs with a batch's width, and a run that was killed ends as one that was not.
-    asked_for = [continued(network.tokenizer, prompt) for prompt in texts.items]
-    parts = [range(len(asked_for))[at : at + batch_size] for at in range(0, len(asked_for), batch_size)]
-    todo = [numbers for numbers in parts if not done.keys() >= set(numbers)]
-    started = time.monotonic()
-    with unfinished.open("a", encoding="utf-8") as file:
-        if not file.tell():
-            file.write(json.dumps(settings) + "\n")
-            file.flush()
-        for numbers in track(todo, f"Pairs by {method}", console=Console(stderr=True)):
-            asked = {number: asked_for[number] for number in numbers}
-            for number, pair in zip(asked, scored(list(asked.values()), make(asked), toxicity), strict=True):
-                file.write(json.dumps({"number": number, "pair": pair}) + "\n")
-                done[number] = pair
-            file.flush()
-            if method == "pplm" and "rehearsal" in options:
-                options["rehearsal"].passes.beside += beside(pplm, len(numbers), NEW_TOKENS)
-    seconds = round((time.monotonic() - started) / max(1, sum(map(len, todo))), 2)
-    whole = [done[number] for number in range(len(asked_for))]
-    kept = [pair for pair in whole if pair and differs(pair, min_gap)]
-    if not kept:
-        unfinished.unlink()
-        raise UserError(
-            f"no prompt gave two sides {min_gap} apart; lower --min-gap, or raise --samples or --step-size."
-        )
-    about = {"min_gap": min_gap, "kept": len(kept), "dropped": len(whole) - len(kept), "seconds_per_prompt": seconds}
-    about |= results.provenance(data={"prompts": texts.provenance})
-    results.write_json(about_file, settings | about)
-    plots.pair_sides([pair for pair in whole if pair], min_gap, out.with_suffix(".png"))
-    results.write_lines(out, kept)
-    unfinished.unlink()
-    click.echo(
-        f"{len(kept)} pairs of {len(whole)} prompts ({about['dropped']} dropped: sides less than {min_gap} apart), "
-        f"{seconds} s a prompt -> {out} (raw text: holds profanity)"
-    )
+
+def continued(tokenizer, prompt: str) -> str:
+    """The part of a prompt that models continue here, its first 32 tokens: a pair must hold what its sides follow."""
+    (ids,) = encode(tokenizer, [prompt])
+    cut = tokenizer.decode(ids[:MAX_PROMPT_TOKENS], skip_special_tokens=True)
+    return cut if len(ids) > MAX_PROMPT_TOKENS else prompt
+
+
+def scored(prompts: list[str], sides: list[tuple[str, str] | None], toxicity) -> list[dict | None]:
+    """Pairs in the papers' schema; None where a side is empty. sides: (preferred, rejected) of each prompt."""
+    whole = [side if side and side[0].strip() and side[1].strip() else None for side in sides]
+    levels = iter([round(level, 4) for level in toxicity([text for side in whole if side for text in side]).tolist()])
+    return [
+        dict(zip(FIELDS, (prompt, *side, next(levels), next(levels)), strict=True)) if side else None
+        for prompt, side in zip(prompts, whole, strict=True)
+    ]
 
 
 def differs(pair: dict, min_gap: float) -> bool:
@@ -148,79 +170,11 @@ def differs(pair: dict, min_gap: float) -> bool:
     return pair["unpert_gen_text"] != pair["pert_gen_text"] and gap >= min_gap
 
 
-def continued(tokenizer, prompt: str) -> str:
-    """The part of a prompt that models continue here, its first 32 tokens: a pair must hold what its sides follow."""
-    from lib.generation import MAX_PROMPT_TOKENS
-    from lib.tokens import encode
-
-    (ids,) = encode(tokenizer, [prompt])
-    whole = len(ids) <= MAX_PROMPT_TOKENS
-    return prompt if whole else tokenizer.decode(ids[:MAX_PROMPT_TOKENS], skip_special_tokens=True)
-
-
-def read_partial(path: Path, settings: dict, overwrite: bool) -> dict[int, dict | None]:
-    """What a killed run with the same settings had finished: {number of the prompt: its pair}."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if lines and lines[0] != json.dumps(settings):
-        if not overwrite:
-            raise UserError(f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite.")
-        if '"scored_by"' not in lines[0]:
-            raise UserError(f"{path} was not written by this script; choose another --out.")
-        path.unlink()
-        return {}
-    done = {}
-    for line in lines[1:]:
-        try:
-            record = json.loads(line)
-            done[int(record["number"])] = record["pair"]
-        except (ValueError, KeyError, TypeError, RecursionError):  # the line that the kill cut off
-            break
-    whole = [json.dumps(settings), *(json.dumps({"number": number, "pair": pair}) for number, pair in done.items())]
-    path.write_text("\n".join(whole) + "\n", encoding="utf-8")
-    return done
-
-
-def scored(prompts: list[str], sides: list[tuple[str, str] | None], toxicity) -> list[dict | None]:
-    """Pairs in the papers' schema; None where a side is empty. sides: (preferred, rejected) of each prompt."""
-    there = [side for side in sides if side and side[0].strip() and side[1].strip()]
-    levels = iter(toxicity([text for side in there for text in side]).tolist() if there else [])
-    pairs = []
-    for prompt, side in zip(prompts, sides, strict=True):
-        if not (side and side[0].strip() and side[1].strip()):
-            pairs.append(None)
-            continue
-        pairs.append({"prompt_text": prompt, "unpert_gen_text": side[0], "pert_gen_text": side[1]})
-        pairs[-1] |= {f"{name}_gen_toxicity": round(next(levels), 4) for name in ("unpert", "pert")}
-    return pairs
-
-
-def gumbel(seed: int, rows: int, tokens: int):
-    """Noise `[rows, NEW_TOKENS, tokens]`.
-
-    The largest of log-probabilities plus it is a draw from them. transformers' own sampling draws from all 262,144
-    tokens by torch.multinomial, which takes as long as the forward pass on a CPU.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    steps = [torch.empty(rows, tokens).exponential_(generator=generator) for _ in range(NEW_TOKENS)]
-    return -torch.stack(steps, 1).log()
-
-
-def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict[int, str], remote=False):
+def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict[int, str], remote=False) -> list:
     """best-of-n: the least and the most toxic of `samples` continuations of each prompt. asked: number -> prompt."""
-    import torch
-    from transformers import LogitsProcessorList
-
-    from lib.families import input_device
-    from lib.generation import batches, greedy
-    from lib.remote import session
-
     repeated = [prompt for prompt in asked.values() for _ in range(samples)]
     (batch,) = batches(network.tokenizer, repeated, len(repeated), input_device(network))
-    width, noise = batch["input_ids"].shape[1], gumbel(seed + min(asked), len(repeated), SAMPLED_FROM)
+    width, noise = batch["input_ids"].shape[1], gumbel(seed + min(asked), len(repeated), NEW_TOKENS, SAMPLED_FROM)
 
     def sample(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         top, tokens = logits.float().topk(min(SAMPLED_FROM, logits.shape[-1]))
@@ -230,35 +184,18 @@ def least_and_most_toxic(network, samples: int, toxicity, seed: int, asked: dict
     with session(network, remote):
         with network.generate(batch, **greedy(NEW_TOKENS), logits_processor=LogitsProcessorList([sample])) as tracer:
             ids = tracer.result.save()
-    ids = ids.cpu()
-    texts = decoded(network, ids[:, width:])
-    scores = toxicity(texts)
-    sides = []
+    texts = decoded(network, ids.cpu()[:, width:])
+    score, sides = toxicity(texts).__getitem__, []
     for at in range(0, len(texts), samples):
         there = [row for row in range(at, at + samples) if texts[row].strip()]
-        extremes = (min(there, key=scores.__getitem__), max(there, key=scores.__getitem__)) if there else ()
-        sides.append(tuple(texts[row] for row in extremes) or None)
+        sides.append((texts[min(there, key=score)], texts[max(there, key=score)]) if there else None)
     return sides
 
 
-def decoded(network, new) -> list[str]:
-    """Texts of new ids `[rows, NEW_TOKENS]` up to their end."""
-    from lib.generation import decode, end_ids, until_end
-
-    return decode(network.tokenizer, until_end(new, end_ids(network)))
-
-
-def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str], remote=False):
+def greedy_and_toxic(network, probe, pplm: PPLM, seed: int, asked: dict[int, str], remote=False) -> list:
     """pplm: the greedy continuation of each prompt, and one that the probe's gradient steers. asked: as above."""
-    import nnsight
-
-    from lib.families import input_device
-    from lib.generation import batches, greedy
-    from lib.pplm import generate
-    from lib.remote import session
-
     (batch,) = batches(network.tokenizer, list(asked.values()), len(asked), input_device(network))
-    noise = gumbel(seed + min(asked), len(asked), pplm.top_k)
+    noise = gumbel(seed + min(asked), len(asked), NEW_TOKENS, pplm.top_k)
     with session(network, remote):
         with network.generate(batch, **greedy(NEW_TOKENS)) as tracer:
             ids = tracer.result.save()
@@ -267,5 +204,10 @@ def greedy_and_toxic(network, probe, pplm, seed: int, asked: dict[int, str], rem
     return list(zip(preferred, rejected, strict=True))
 
 
+def decoded(network, new: torch.Tensor) -> list[str]:
+    """Texts of new ids `[rows, NEW_TOKENS]` up to their end."""
+    return decode(network.tokenizer, until_end(new, end_ids(network)))
+
+
 if __name__ == "__main__":
-    main()
+    command()

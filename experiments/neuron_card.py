@@ -18,55 +18,61 @@ tokens: profanity) to runs/neuron_card/<model>/; `make report` shows the cards o
 
 import click
 
-from lib.cli import options
-from lib.families import mlp_out
-from lib.observation import OPTIONS
+from lib.cli import LOOKING, check, options
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("neurons", nargs=-1)
+@options(*(name for name in LOOKING if name != "seeds"), "raw-text")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import nnsight
+import torch
+
+from lib import experiment, observation, vectors
+from lib.dry_run import Plan, Traces
+from lib.families import d_mlp, mlp_out, n_layers, parse_neuron
+from lib.remote import session
+from lib.tables import clean, wide_console
 
 BEST = 3  # neurons by cosine, and as many by delta, where none are named
 PROMPTS = 5  # of a card
 
 
-@click.command(help=__doc__.split("\n")[0])
-@click.argument("neurons", nargs=-1)
-@options(*(name for name in OPTIONS if name != "seeds"), "raw-text")
 def main(neurons, **options):
-    from lib import observation
-    from lib.families import d_mlp, n_layers, parse_neuron
-
-    with observation.begin("neuron_card", {**options, "seeds": None, "neurons": neurons}) as run:
-        sizes = n_layers(run.base), d_mlp(run.base)
-        places = [parse_neuron(name, *sizes, "NEURONS") for name in neurons]
-        (stage,) = run.stages()
-        record = observation.write(run, cards(run, stage, places), {})
-    report(run, record)
+    plan = Plan(traces=[Traces("read")])  # where the neurons fire
+    with experiment.begin("neuron_card", options | {"neurons": neurons}, plan) as inputs:
+        sizes = {"layers": n_layers(inputs.base), "neurons": d_mlp(inputs.base)}
+        places = [parse_neuron(name, **sizes, given="NEURONS") for name in neurons]
+        (run,) = inputs.runs()
+        record = observation.write(inputs, make_cards(inputs, run, places), published={})
+    report(inputs, record)
 
 
-def cards(run, stage, places: list[tuple[int, int]]) -> list[dict]:
-    """One row of the record for each neuron (layer, index)."""
-    import torch
-
-    from lib import neurons, vectors
-
-    found = neurons.attribute(
-        run.base, stage.post, stage.probe, stage.pre_means, stage.post_means, run.protocol, run.remote
-    )
-    width = found["cosine"].shape[1]
-    orders = {name: found[name].flatten().argsort(descending=True) for name in ("cosine", "delta")}
+def make_cards(inputs, run, places: list[tuple[int, int]]) -> list[dict]:
+    """One row of the record for each neuron (layer, index); without any the best by cosine and by delta."""
+    attribution = inputs.attribute(run)
+    width = attribution.cosine.shape[1]
+    orders = {name: getattr(attribution, name).flatten().argsort(descending=True) for name in ("cosine", "delta")}
     places = places or [divmod(int(at), width) for order in orders.values() for at in order[:BEST]]
     flat = torch.tensor([layer * width + index for layer, index in places])
-    units = run.at_weights(vectors.unit_vectors, flat, run.protocol.value_vectors == "written")
-    tokens = vectors.lenses(run.base, units, run.protocol, remote=run.remote)
-    prompts = firing(run, places)
+    units = inputs.at_weights(vectors.unit_vectors, flat, inputs.protocol.value_vectors == "written")
+    tokens = vectors.lenses(inputs.base, units, inputs.protocol, remote=inputs.remote)
+    prompts = firing(inputs, places)
     rows = []
     for at, (layer, index) in enumerate(places):
-        one = {name: float(found[name][layer, index]) for name in ("cosine", "pre", "post", "delta")}
+        numbers = {name: float(getattr(attribution, name)[layer, index]) for name in ("cosine", "pre", "post", "delta")}
         ranks = {name: int((order == flat[at]).nonzero()) + 1 for name, order in orders.items()}
-        side, sign = "T" if one["cosine"] > 0 else "A", "P" if one["pre"] > 0 else "N"
+        side, sign = "T" if numbers["cosine"] > 0 else "A", "P" if numbers["pre"] > 0 else "N"
         rows.append(
             {
                 "neuron": f"L{layer}.N{index}",
-                "group": side + sign + ("↓" if one["delta"] > 0 else "↑"),
-                **one,
+                "group": side + sign + ("↓" if numbers["delta"] > 0 else "↑"),
+                **numbers,
                 "rank": ranks["cosine"],
                 "delta_rank": ranks["delta"],
                 "of": len(orders["cosine"]),
@@ -77,36 +83,31 @@ def cards(run, stage, places: list[tuple[int, int]]) -> list[dict]:
     return rows
 
 
-def firing(run, places: list[tuple[int, int]]) -> list[list[dict]]:
+def firing(inputs, places: list[tuple[int, int]]) -> list[list[dict]]:
     """For each neuron the prompts with its largest activations in the base model, largest first."""
-    import torch
-
-    from lib.observation import prompts_of
-
+    in_order = sorted(set(places))
     columns: dict[int, list[int]] = {}
-    for layer, index in sorted(set(places)):
+    for layer, index in in_order:
         columns.setdefault(layer, []).append(index)
-    every = prompts_of(run)
-    values, positions = largest(run.base, every, columns, run.remote)  # [prompts, neurons] each
-    order = [(layer, index) for layer, indices in columns.items() for index in indices]
-    token = [row[at] for batch, found in zip(every, positions, strict=True)
-             for row, at in zip(batch["input_ids"].cpu(), found, strict=True)]  # fmt: skip
-    activation = torch.cat(values)
-    cards = []
+    batches = observation.prompts_of(inputs)
+    values, positions = largest(inputs.base, batches, columns, inputs.remote)
+    activation = torch.cat(values)  # [n_prompts, n_neurons]
+    pairs = zip(batches, positions, strict=True)
+    token = torch.cat([batch["input_ids"].cpu().gather(1, position) for batch, position in pairs])  # as activation
+    prompts = []
     for place in places:
-        column = order.index(place)
-        best = activation[:, column].argsort(descending=True)[:PROMPTS].tolist()
-        cards.append(
+        column = in_order.index(place)
+        prompts.append(
             [
                 {
-                    "prompt": run.prompts.items[at],
-                    "token": run.base.tokenizer.decode([int(token[at][column])]),
+                    "prompt": inputs.prompts.items[at],
+                    "token": inputs.base.tokenizer.decode([int(token[at, column])]),
                     "activation": float(activation[at, column]),
                 }
-                for at in best
+                for at in activation[:, column].argsort(descending=True)[:PROMPTS].tolist()
             ]
         )
-    return cards
+    return prompts
 
 
 def largest(model, batches: list[dict], columns: dict[int, list[int]], remote=False):
@@ -114,11 +115,6 @@ def largest(model, batches: list[dict], columns: dict[int, list[int]], remote=Fa
 
     columns: layer -> indices; the neurons stand in this order. All batches are one request.
     """
-    import nnsight
-    import torch
-
-    from lib.remote import session
-
     bos = -1 if model.tokenizer.bos_token_id is None else model.tokenizer.bos_token_id
     real = [batch["attention_mask"].bool() & (batch["input_ids"] != bos) for batch in batches]
     with session(model, remote):
@@ -129,16 +125,14 @@ def largest(model, batches: list[dict], columns: dict[int, list[int]], remote=Fa
                 for layer, indices in columns.items():
                     m = mlp_out(model, layer).input[:, :, indices]  # [batch, positions, n]
                     best.append(m.float().masked_fill(~mask[:, :, None].to(m.device), -torch.inf).max(1))
-                values.append(torch.cat([one.values for one in best], 1).cpu())
-                positions.append(torch.cat([one.indices for one in best], 1).cpu())
+                values.append(torch.cat([of_layer.values for of_layer in best], 1).cpu())
+                positions.append(torch.cat([of_layer.indices for of_layer in best], 1).cpu())
     return values, positions
 
 
-def report(run, record: dict) -> None:
+def report(inputs, record: dict) -> None:
     """Print the cards."""
-    from lib.tables import clean, wide_console
-
-    console, raw = wide_console(), run.options["raw_text"]
+    console, raw = wide_console(), inputs.options["raw_text"]
     for card in record["rows"]:
         console.print(f"[bold]{card['neuron']}[/bold]  {card['group']}")
         console.print(
@@ -148,10 +142,11 @@ def report(run, record: dict) -> None:
         )
         for name, tokens in card["tokens"].items():
             console.print(f"  nearest tokens, {name}:", clean(" ".join(" ".join(tokens).split()), raw))
-        for one in card["prompts"]:
-            console.print(f"  {one['activation']:8.3f} at", clean(f"{one['token']!r} in: {one['prompt']}", raw))
-    console.print(f"Record: {run.out}", soft_wrap=True)
+        for prompt in card["prompts"]:
+            where = f"{prompt['token']!r} in: {prompt['prompt']}"
+            console.print(f"  {prompt['activation']:8.3f} at", clean(where, raw))
+    console.print(f"Record: {inputs.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -24,9 +24,34 @@ activations.safetensors and figures/ to runs/opposing_effects/<model>/.
 
 import click
 
-from lib.cli import options
-from lib.families import value_vectors
-from lib.observation import OPTIONS, UNUSED, percent, spread
+from lib.cli import LOOKING, check, options
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*LOOKING)
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from lib import chain, experiment, neurons, observation, paper, plots_neurons
+from lib.correlation import correlation
+from lib.dry_run import Plan, Traces
+from lib.errors import UserError
+from lib.observation import percent, spread
+from lib.probes import Probe
+from lib.protocol import chosen_protocol
+from lib.remote import at_weights
+from lib.statistics import Bootstrap
+from lib.tables import line_at, show, wide_console
+from lib.weights import lowest_value_cosine
 
 DIRECTIONS = 20  # random ones
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
@@ -61,79 +86,88 @@ CORRELATIONS = {  # Pearson's r
 }
 
 
-@click.command(help=__doc__.split("\n")[0])
-@options(*OPTIONS)
 def main(**options):
-    from lib import chain, observation
-    from lib.errors import UserError
-
-    if len(chain.texts({**options, **UNUSED})[0].items) < 2:
+    if len(chain.prompts(options).items) < 2:
         raise UserError("--limit or --prompts: one prompt cannot be split into halves; give at least two.")
-    with observation.begin("opposing_effects", options) as run:
-        text = observation.own_text(run) if run.protocol.means_over == "generated" else None
-        measured = [measure(run, stage, text) for stage in run.stages()]
-        record = write(run, [row for row, _ in measured], measured[0][1])
-    report(run, record)
+    sound_means = chosen_protocol(options).means_over == "generated"
+    # Means of the base model, where it is the same for all seeds, and of each model after DPO.
+    traces = [Traces("means", half=half, once=once) for half in (0, 1) for once in (sound_means, False)]
+    if sound_means:
+        traces += [Traces("generate", once=True), Traces("read generated", models=2)]
+
+    with experiment.begin("opposing_effects", options, Plan(traces=traces)) as inputs:
+        text = observation.own_text(inputs) if sound_means else None
+        measured = [measure(inputs, run, text) for run in inputs.runs()]
+        rows, first = [row for row, _ in measured], measured[0][1]
+        tensors = {name: tensor.float().contiguous() for name, tensor in first.items()}
+        save_file(tensors, inputs.work / "activations.safetensors")
+        figures, shift = inputs.work / "figures", first["pre"] - first["post"]
+        plots_neurons.opposing_by_layer(first["delta"].numpy(), figures / "opposing_by_layer.png")
+        plots_neurons.shift_density(shift.numpy(), figures / "shift_density.png")
+        published = {}
+        if theirs := paper.counterpart(options["model"]):
+            published = {
+                "model": theirs,
+                "percent_reducing": paper.PERCENT_REDUCING[theirs],
+                "percent_negative": paper.PERCENT_NEGATIVE[theirs],
+                **dict(zip(("cosine", "before"), paper.SHIFT_CORRELATIONS[theirs], strict=True)),
+            }
+        record = observation.write(inputs, rows, published)
+    report(inputs, record)
 
 
-def measure(run, stage, text: tuple | None) -> tuple[dict, dict]:
+def measure(inputs, run, text: tuple | None) -> tuple[dict, dict]:
     """One seed's row of the record, and its tensors `[n_layers, d_mlp]`. text: what `observation.own_text` returned."""
-    import torch
-
-    from lib import neurons
-    from lib.errors import UserError
-    from lib.probes import Probe
-    from lib.remote import at_weights
-    from lib.statistics import Bootstrap
-
-    remote = run.remote
-    models = ((run.base, run.source), (stage.post, run.artifacts_of[stage.seed][1]))
-
-    def attribute(means, probe=stage.probe) -> dict:
-        found = neurons.attribute(run.base, stage.post, probe, *means, run.protocol, remote)
-        return found | {"shift": found["pre"] - found["post"]}
-
-    def of_half(which: int) -> dict:
-        settings = (run.prompts.half(which), run.batch_size, run.protocol, stage.seed, remote)
-        return attribute([neurons.cached_means(model, source, *settings) for model, source in models])
-
-    own = (stage.pre_means, stage.post_means)
-    found, one, other = attribute(own), of_half(0), of_half(1)
-    if not found["shift"].any():
+    own = inputs.attribute(run)
+    shift = own.pre - own.post
+    if not shift.any():
         raise UserError("--post: no activation differs from the base model's; give a model after DPO.")
-    generator = torch.Generator().manual_seed(stage.seed)
-    draws = [Probe(torch.randn(stage.probe.direction.shape, generator=generator), 0.0) for _ in range(DIRECTIONS)]
-    random = [sums(attribute(own, probe)["delta"]) for probe in draws]
+    half, other_half = (attribute_half(inputs, run, which) for which in (0, 1))
+    half_shift = half.pre - half.post
+    generator = torch.Generator().manual_seed(run.seed)
+    drawn = [Probe(torch.randn(run.probe.direction.shape, generator=generator), 0.0) for _ in range(DIRECTIONS)]
+    random = [sums(inputs.attribute(run, direction).delta) for direction in drawn]
     row = {
-        "seed": stage.seed,
-        **sums(found["delta"]),
+        "seed": run.seed,
+        **sums(own.delta),
         **{f"{name}_random": spread([draw[name] for draw in random]) for name in ("percent_reducing", "balance")},
-        "same_sign_halves": percent(one["delta"].sign() == other["delta"].sign()),
-        "percent_negative": percent(found["pre"] < 0),
-        **distribution(found["shift"]),
-        "lowest_value_cosine": at_weights(lowest_value_cosine, stage.post, run.base, remote=remote),
-        "layers": [sums(delta) for delta in found["delta"]],
+        "same_sign_halves": percent(half.delta.sign() == other_half.delta.sign()),
+        "percent_negative": percent(own.pre < 0),
+        **distribution(shift),
+        "lowest_value_cosine": at_weights(lowest_value_cosine, run.post, inputs.base, remote=inputs.remote),
+        "layers": [sums(delta) for delta in own.delta],
     }
     pairs = {
-        "cosine": (found["shift"], found["cosine"]),
-        "before": (found["shift"], found["pre"]),
-        "before_same_half": (one["shift"], one["pre"]),
-        "before_other_half": (one["shift"], other["pre"]),
-        "before_plus_after": (found["shift"], (found["pre"] + found["post"]) / 2),
-        "delta_halves": (one["delta"], other["delta"]),
+        "cosine": (shift, own.cosine),
+        "before": (shift, own.pre),
+        "before_same_half": (half_shift, half.pre),
+        "before_other_half": (half_shift, other_half.pre),
+        "before_plus_after": (shift, (own.pre + own.post) / 2),
+        "delta_halves": (half.delta, other_half.delta),
     }
-    tensors = {name: found[name] for name in ("pre", "post", "cosine", "delta")}
+    tensors = {name: getattr(own, name) for name in ("pre", "post", "cosine", "delta")}
     if text:
-        shared = attribute([neurons.text_means(model, *text, run.batch_size, remote) for model, _ in models])
-        row |= {f"{name}_shared_text": sums(shared["delta"])[name] for name in ("percent_reducing", "net", "balance")}
-        row["same_sign_shared_text"] = percent(found["delta"].sign() == shared["delta"].sign())
-        pairs["cosine_shared_text"] = (shared["shift"], shared["cosine"])
-        pairs["before_shared_text"] = (shared["shift"], shared["pre"])
-        pairs["delta_shared_text"] = (found["delta"], shared["delta"])
-        tensors |= {f"{name}_shared_text": shared[name] for name in ("pre", "post", "delta")}
-    over_layers = Bootstrap(len(found["shift"]), run.options["seed"])
+        both = (inputs.base, run.post)
+        pre, post = (neurons.text_means(model, *text, inputs.batch_size, inputs.remote) for model in both)
+        shared = inputs.attribute(replace(run, pre_means=pre, post_means=post))
+        shared_sums, shared_shift = sums(shared.delta), shared.pre - shared.post
+        row |= {f"{name}_shared_text": shared_sums[name] for name in ("percent_reducing", "net", "balance")}
+        row["same_sign_shared_text"] = percent(own.delta.sign() == shared.delta.sign())
+        pairs["cosine_shared_text"] = (shared_shift, shared.cosine)
+        pairs["before_shared_text"] = (shared_shift, shared.pre)
+        pairs["delta_shared_text"] = (own.delta, shared.delta)
+        tensors |= {f"{name}_shared_text": getattr(shared, name) for name in ("pre", "post", "delta")}
+    over_layers = Bootstrap(len(shift), inputs.options["seed"])
     row["correlations"] = {name: correlation(*pair, over_layers) for name, pair in pairs.items()}
     return row, tensors
+
+
+def attribute_half(inputs, run, which: int) -> neurons.Attribution:
+    """Attribution by both models' means over every second prompt, from the first (0) or the second (1) on."""
+    prompts = inputs.prompts.half(which)
+    pre = inputs.means(inputs.base, inputs.source, prompts, run.seed)
+    post = inputs.means(run.post, run.post_source, prompts, run.seed)
+    return inputs.attribute(replace(run, pre_means=pre, post_means=post))
 
 
 def sums(delta) -> dict[str, float]:
@@ -153,8 +187,6 @@ def sums(delta) -> dict[str, float]:
 
 def distribution(shift) -> dict:
     """Mean, standard deviation and quantiles of the activation shifts (Yang figure 4). shift `[n_layers, d_mlp]`."""
-    import numpy as np
-
     values = shift.numpy()
     mean, sd = float(values.mean()), float(values.std())
     return {
@@ -165,83 +197,24 @@ def distribution(shift) -> dict:
     }
 
 
-def lowest_value_cosine(post, base) -> float:
-    """Lowest cosine of a value vector before and after DPO (Yang 5.1: 0.99 for all). Models: torch or nnsight."""
-    import torch
-
-    pairs = ((value_vectors(base, at), value_vectors(post, at)) for at in range(base.config.num_hidden_layers))
-    return min(float(torch.cosine_similarity(before.double(), after.double()).min()) for before, after in pairs)
-
-
-def correlation(first, second, over_layers) -> dict:
-    """Pearson's r of two `[n_layers, d_mlp]` tensors over all neurons (Yang table 17) and Spearman's rho.
-
-    `mean` is r, `low` and `high` its 95 % interval over resampled layers; `p` takes neurons as independent, as in the
-    paper. `within`: the mean of every layer's own r; the r over all neurons is that of the layer with the largest
-    values, where layers differ much in scale.
-    """
-    import numpy as np
-    from scipy import stats
-
-    from lib.statistics import interval
-
-    x, y = ((tensor - tensor.mean()).numpy() for tensor in (first, second))  # centred: sums of squares stay exact
-    r, p = stats.pearsonr(x.ravel(), y.ravel())
-    by_layer = np.stack([x, y, x * x, y * y, x * y]).mean(-1)  # [5, n_layers]
-    mx, my, xx, yy, xy = by_layer[:, over_layers.rows].mean(-1)  # over resampled layers, [RESAMPLES] each
-    resampled = (xy - mx * my) / np.sqrt((xx - mx**2) * (yy - my**2))
-    u, v = ((tensor - tensor.mean(-1, keepdim=True)).numpy() for tensor in (first, second))
-    scale = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
-    own = (u * v).sum(-1) / np.where(scale > 0, scale, 1)  # [n_layers], 0 where nothing shifts
-    return interval(r, resampled) | {
-        "within": interval(own.mean(), own[over_layers.rows].mean(-1)),
-        "p": float(p),
-        "rho": float(stats.spearmanr(x.ravel(), y.ravel()).statistic),
-    }
-
-
-def write(run, rows: list[dict], tensors: dict) -> dict:
-    """The record of all seeds; tensors and figures of the first."""
-    from safetensors.torch import save_file
-
-    from lib import observation, paper, plots
-
-    published = {}
-    if theirs := paper.counterpart(run.options["model"]):
-        published = {
-            "model": theirs,
-            "percent_reducing": paper.PERCENT_REDUCING[theirs],
-            "percent_negative": paper.PERCENT_NEGATIVE[theirs],
-            **dict(zip(("cosine", "before"), paper.SHIFT_CORRELATIONS[theirs], strict=True)),
-        }
-    save_file({key: value.float().contiguous() for key, value in tensors.items()}, run.work / "activations.safetensors")
-    figures, shift = run.work / "figures", tensors["pre"] - tensors["post"]
-    plots.opposing_by_layer(tensors["delta"].numpy(), figures / "opposing_by_layer.png")
-    plots.shift_density(shift.numpy(), figures / "shift_density.png")
-    return observation.write(run, rows, published)
-
-
-def report(run, record: dict) -> None:
+def report(inputs, record: dict) -> None:
     """Print the table, beside the published numbers."""
-    from lib.tables import show, wide_console
-
     rows, published, console = record["rows"], record["published"], wide_console()
-    lines = [
-        (label, [row[name] for row in rows], published.get(name)) for name, label in NUMBERS.items() if name in rows[0]
-    ]
+    shown = {name: label for name, label in NUMBERS.items() if name in rows[0]}
+    lines = [line_at(label, rows, name, published=published.get(name)) for name, label in shown.items()]
     for name, label in CORRELATIONS.items():
         if name in rows[0]["correlations"]:
-            found = [row["correlations"][name] for row in rows]
-            lines.append((label, found, published.get(name)))
+            path = ("correlations", name)
+            lines.append(line_at(label, rows, *path, published=published.get(name)))
             if name in ("cosine", "before"):
-                lines.append(("  p, neurons as independent", [one["p"] for one in found], None))
-                lines.append(("  Spearman's rho", [one["rho"] for one in found], None))
+                lines.append(line_at("  p, neurons as independent", rows, *path, "p"))
+                lines.append(line_at("  Spearman's rho", rows, *path, "rho"))
             if name.startswith("before"):
-                lines.append(("    mean of every layer's own r", [one["within"] for one in found], None))
+                lines.append(line_at("    mean of every layer's own r", rows, *path, "within"))
     show(console, record, lines)
     console.print("[95 % over resampled layers], where not [all draws].", markup=False)
-    console.print(f"Record, tensors and figures: {run.out}", soft_wrap=True)
+    console.print(f"Record, tensors and figures: {inputs.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -23,42 +23,43 @@ Writes run.json, generations.jsonl (RAW TEXT), measurements.jsonl and figures/ t
     python experiments/probe_free_editing.py --toxic-words terrible,awful,sad --plain-words wonderful,great,happy
 """
 
-import dataclasses
-
 import click
 
-from lib.cli import CAUSAL, numbers, options
-from lib.families import mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
-from lib.interventions import edited
-
-
-def _several(*known):
-    def check(context, parameter, value):
-        parts = [part.strip() for part in value.split(",")] if value else None
-        if parts and (wrong := [part for part in parts if part not in known]):
-            raise click.BadParameter(f"{wrong[0]} given, expected some of {', '.join(known)}, separated by commas.")
-        return parts
-
-    return check
+from lib.cli import CAUSAL, check, names_of, numbers, options
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options(*CAUSAL)
-@click.option("--representation", default="tokens", show_default=True, callback=_several("tokens", "probe"))
+@click.option("--representation", default="tokens", show_default=True, callback=names_of(("tokens", "probe")))
 @click.option("--order", type=click.Choice(["cosine", "activation"]), default="cosine", show_default=True)
 @click.option("--alpha", default="0.01,0.3", show_default=True, callback=numbers, help="Grid of alphas.")
-@click.option(
-    "--beta", default="0.55,1", show_default=True, callback=numbers, help="Grid of betas, above 0, at most 1."
-)
-@click.option("--kinds", callback=_several("clamp", "scale", "shift"), help="[default: clamp,scale; faithful: clamp]")
+@click.option("--beta", default="0.55,1", show_default=True, callback=numbers,
+              help="Grid of betas, above 0, at most 1.")  # fmt: skip
+@click.option("--kinds", callback=names_of(("clamp", "scale", "shift")), help="[default: clamp,scale; faithful: clamp]")
 @click.option("--positions", type=click.Choice(["last", "all"]), help="Edited in generation.  [default: by --protocol]")
 @click.option("--toxic-words", help="Move away from these: words, or a file of them.  [default: Yang table 7's]")
 @click.option("--plain-words", help="Move towards these.  [default: Yang table 7's]")
-def main(representation, order, alpha, beta, kinds, positions, toxic_words, plain_words, **options):
-    from lib import controls, experiment, paper, vectors
-    from lib.errors import UserError
+def command(**options):
+    main(**options)
 
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+from lib import controls, experiment, interventions, neurons, paper, plots, vectors
+from lib.dry_run import Plan, Planned, controls_of
+from lib.errors import UserError
+from lib.families import mlp_out
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import edited
+from lib.protocol import chosen_protocol
+from lib.table import Table
+
+
+def main(representation, order, alpha, beta, kinds, positions, toxic_words, plain_words, **options):
     if not all(0 < share <= 1 for share in beta):
         raise UserError(f"--beta {','.join(map(str, beta))}: a share of neurons is above 0 and at most 1.")
     own = toxic_words is not None or plain_words is not None
@@ -66,40 +67,68 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
         vectors.read_words(toxic_words, "--toxic-words") or paper.TOXIC_WORDS,
         vectors.read_words(plain_words, "--plain-words") or paper.PLAIN_WORDS,
     ]
-    protocol = experiment.chosen_protocol(options)
+    protocol = chosen_protocol(options)
+    protocol = replace(protocol, edit_positions=positions or protocol.edit_positions)
     kinds = kinds or (["clamp", "scale"] if protocol.edit_kind == "scale" else ["clamp"])
-    chosen = {"representation": representation, "order": order, "alpha": alpha, "beta": beta, "kinds": kinds}
-    chosen |= {"positions": positions or protocol.edit_positions, "words": words}
     # A concept of one's own has no DPO model, unless one is given.
     needs = ("probe",) * ("probe" in representation) + ("post",) * (not own or options["post"] is not None)
-    with experiment.begin("probe_free_editing", {**options, **chosen}, needs) as run:
-        run.protocol = dataclasses.replace(run.protocol, edit_positions=chosen["positions"])
-        norms = run.at_weights(controls.value_norms)
-        for stage in run.stages():
-            edits = {}
-            for name in representation:
-                # No seed enters the words' direction (nor means, unless they are sampled): a later one brings further
-                # draws of its controls alone.
-                again = name == "tokens" and stage.seed != run.seeds[0] and run.protocol.means_over == "generated"
-                if again and run.options["controls"] == "none":
+    # No seed enters the words' direction (nor means that are not sampled): a later one brings draws of controls alone.
+    seeded = [name for name in representation if name == "probe" or protocol.means_over != "generated"]
+    planned = plan_conditions(options, representation, seeded, kinds, alpha, beta)
+    options |= {"representation": representation, "order": order, "alpha": alpha, "beta": beta, "kinds": kinds}
+    options |= {"positions": protocol.edit_positions, "words": words}
+
+    with experiment.begin("probe_free_editing", options, planned, needs=needs, protocol=protocol) as inputs:
+        table = Table(inputs, generate, negative_log_likelihood)
+        table.add("none")
+        norms, contrast = inputs.at_weights(controls.value_norms), None
+        if "tokens" in representation:
+            contrast = vectors.contrast(inputs.base, *words, protocol.contrast_rows == "both", inputs.remote)
+        for run in inputs.runs():  # one for each seed
+            if run.post:
+                table.add("dpo", run=run, model=run.post, source=run.post_source)
+            for name, kind in product(representation, kinds):
+                all_edits = run.seed == inputs.seeds[0] or name in seeded
+                if not all_edits and options["controls"] == "none":
                     continue
-                direction = (
-                    stage.probe
-                    if name == "probe"
-                    else vectors.contrast(run.base, *words, run.protocol.contrast_rows == "both", run.remote)
-                )
-                for kind in kinds:
-                    plans = {
-                        label(name, order, a, b): make_plan(run, stage, direction, kind, order, a, b)
-                        for a in alpha
-                        for b in beta
-                    }
-                    found = {stage.condition(key, kind): plan.edit() for key, plan in plans.items()}
-                    found |= controlled(run, stage, plans, direction, name, kind, order, alpha[-1], beta[0], norms)
-                    edits |= {condition: edit for condition, edit in found.items() if condition.draw or not again}
-            run.measure(stage, edits, generate, negative_log_likelihood)
-        record = write(run, words)
-    run.report(record, ("none", "dpo", label(representation[0], order, alpha[-1], beta[-1])))
+                direction = run.probe if name == "probe" else contrast
+                plans = {
+                    label(name, order, a, b): make_plan(inputs, run, direction, kind, order, alpha=a, beta=b)
+                    for a, b in product(alpha, beta)
+                }
+                if all_edits:
+                    for edit_name, plan in plans.items():
+                        table.add(edit_name, kind, plan.edit(), run=run)
+                    for edit_name, plan in plans.items():
+                        for control in undrawn(plan) if options["controls"] != "none" else ():
+                            table.add_control(control, kind, control.edit, run=run, control_of=edit_name)
+                tested = label(name, order, alpha[-1], beta[0])  # its beta leaves other neurons to draw from
+                for control in inputs.edit_controls(run, plans[tested], [norms, run.pre_means.activation.abs()]):
+                    if all_edits or control.draw:  # those without a draw are the same for every seed
+                        table.add_control(control, kind, control.edit, run=run, control_of=tested)
+                for control in inputs.other_directions(run, contrast if name == "tokens" else None):
+                    plan = make_plan(inputs, run, control.direction, kind, order, alpha=alpha[-1], beta=beta[0])
+                    table.add_control(control, kind, plan.edit(), run=run, control_of=tested)
+            table.measure()
+
+        shown = {"away_from": list(words[0]), "towards": list(words[1])}
+        record = table.save(partial(paper.published_row, model=options["model"]), words=shown)
+        plots.trade_off(record["rows"], record["params"]["scorer"], inputs.work / "figures" / "toxicity_perplexity.png")
+    table.show(record, ("none", "dpo", label(representation[0], order, alpha[-1], beta[-1])))
+
+
+def plan_conditions(options: dict, representation, seeded, kinds, alpha: list[float], beta: list[float]) -> Plan:
+    """What `main` will measure, for --dry-run."""
+    n_edits = len(set(product(alpha, beta)))
+    conditions = [[] for _ in options["seeds"] or [options["seed"]]]
+    for at, of_seed in enumerate(conditions):
+        for name, kind in product(representation, kinds):
+            of_tested = controls_of(options, kind, words=name == "tokens", all_neurons=beta[0] == 1)
+            n_undrawn = 2 if kind == "clamp" else 1  # `zero` is the unedited model
+            if at == 0 or name in seeded:
+                of_seed += [Planned(kind)] * n_edits + of_tested[:n_undrawn] * n_edits
+            of_seed += of_tested[n_undrawn:]
+    return Plan(conditions)
 
 
 def label(representation: str, order: str, alpha: float, beta: float) -> str:
@@ -108,13 +137,10 @@ def label(representation: str, order: str, alpha: float, beta: float) -> str:
     return f"{name} a={alpha:g} b={beta:g}"
 
 
-def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: float):
+def make_plan(inputs, run, direction, kind: str, order: str, alpha: float, beta: float) -> interventions.Plan:
     """The edit of section 6.1: the share beta of each group, moved by alpha away from the direction."""
-    from lib import interventions, neurons
-
-    cosine = run.cosines(direction)
-    pre = stage.pre_means.activation
-    by = "activation" if order == "activation" else run.protocol.beta_order
+    cosine, pre = inputs.cosines(direction), run.pre_means.activation
+    by = "activation" if order == "activation" else inputs.protocol.beta_order
     mask = sum(neurons.select(neurons.groups(cosine, pre), cosine, pre, beta, by).values()).bool()
     if kind == "scale":
         return interventions.scale(mask, 1 - alpha * cosine.sign() * pre.sign())
@@ -122,61 +148,35 @@ def make_plan(run, stage, direction, kind: str, order: str, alpha: float, beta: 
     return (interventions.clamp if kind == "clamp" else interventions.shift)(mask, pre, moved)
 
 
-def controlled(run, stage, plans: dict, direction, name, kind, order, alpha, beta, norms) -> dict:
-    """alpha = 0 and -alpha for every edit; all controls for one, whose beta leaves other neurons to draw from."""
-    from lib.interventions import NO_EDIT
-
-    if run.options["controls"] == "none":
-        return {}
-    edits = {}
-    for key, plan in plans.items():
-        edits[stage.condition("control:flipped", kind, key)] = plan.edit(-1.0)
-        zero = stage.condition("control:own_means" if kind == "clamp" else "control:zero", kind, key)
-        edits[zero] = plan.edit(0.0) if kind == "clamp" else NO_EDIT
-
-    def replan(other):
-        return make_plan(run, stage, other, kind, order, alpha, beta)
-
-    tested = label(name, order, alpha, beta)
-    return edits | run.controlled(
-        stage, tested, plans[tested], replan, [norms, stage.pre_means.activation.abs()],
-        direction=None if name == "probe" else direction,
-    )  # fmt: skip
+def undrawn(plan: interventions.Plan) -> list[controls.Control]:
+    """The controls of every edit: -alpha, and alpha = 0 (of a clamp: the means themselves)."""
+    zero = "own_means" if plan.kind == "clamp" else "zero"
+    return [controls.Control(name, plan=plan, strength=at) for name, at in (("flipped", -1.0), (zero, 0.0))]
 
 
-def generate(model, batch: dict, edit, where: slice, remote=False):
+def intervene(model, edit, where: slice) -> None:
+    """Inside a trace: the edit of each layer's neurons at the positions `where`."""
+    for layer, index, value in edit:
+        m = mlp_out(model, layer).input  # [batch, positions, d_mlp]
+        m[:, where, index] = edited(edit.kind, m[:, where, index], value)
+
+
+def generate(model, batch: dict, edit, where: slice):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
+    with model.generate(batch, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
-            for layer, index, value in edit:
-                neurons = mlp_out(model, layer).input  # [batch, positions, d_mlp]
-                neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
+            intervene(model, edit, where)
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
+def negative_log_likelihood(model, batch: dict, edit, where: slice):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    with model.trace(batch, remote=remote):
-        for layer, index, value in edit:
-            neurons = mlp_out(model, layer).input
-            neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
+    with model.trace(batch):
+        intervene(model, edit, where)
         losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 
 
-def write(run, words: list) -> dict:
-    """The figure and the record."""
-    from lib import plots
-    from lib.paper import published_row
-
-    record = run.finish(
-        lambda name, kind: published_row(name, kind, run.options["model"]),
-        words={"away_from": list(words[0]), "towards": list(words[1])},
-    )
-    plots.trade_off(record["rows"], record["params"]["scorer"], run.work / "figures" / "toxicity_perplexity.png")
-    return record
-
-
 if __name__ == "__main__":
-    main()
+    command()

@@ -24,97 +24,91 @@ points and the offsets as shifts.safetensors to runs/residual_shift/<model>/.
 
 import click
 
-from lib.cli import options
-from lib.families import mlp_norm, mlp_out
-from lib.observation import OPTIONS, percent, spread
+from lib.cli import LOOKING, check, options
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*LOOKING)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Toxic neurons by cosine (figure 2).")
+@click.option("--neurons", help="These instead, such as L19.N770,L12.N771.")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import torch
+from safetensors.torch import save_file
+
+from lib import experiment, observation, plots_neurons, vectors, weights
+from lib.dry_run import Plan, Traces
+from lib.families import d_mlp, mlp_norm, mlp_out, n_layers, parse_neuron
+from lib.generation import prompt_ids
+from lib.neurons import Means, text_means
+from lib.observation import percent, spread
+from lib.remote import at_weights
+from lib.statistics import Bootstrap
+from lib.streams import reduced
+from lib.tables import line_at, show, wide_console
 
 DRAWS = 20  # random directions
 
 
-@click.command(help=__doc__.split("\n")[0])
-@options(*OPTIONS)
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Toxic neurons by cosine (figure 2).")
-@click.option("--neurons", help="These instead, such as L19.N770,L12.N771.")
 def main(top, neurons, **options):
-    from lib import observation
-    from lib.families import d_mlp, n_layers, parse_neuron
-
-    with observation.begin("residual_shift", {**options, "top": top, "neurons": neurons}) as run:
-        sizes = n_layers(run.base), d_mlp(run.base)
-        chosen = neurons and [parse_neuron(name, *sizes, "--neurons") for name in neurons.split(",")]
-        rows = []
-        for stage in run.stages():
-            chosen = chosen or best(run, stage, top)  # of the first seed's probe, in every seed's DPO model
-            row, tensors = measure(run, stage, chosen)
+    options |= {"top": top, "neurons": neurons}
+    at_ends = Traces("read", models=2)  # once for streams and neurons, once for the means
+    plan = Plan(traces=[at_ends, at_ends, Traces("generate", once=True), Traces("read generated", models=2)])
+    with experiment.begin("residual_shift", options, plan) as inputs:
+        sizes = {"layers": n_layers(inputs.base), "neurons": d_mlp(inputs.base)}
+        names = neurons.split(",") if neurons else []
+        chosen = [parse_neuron(name, **sizes, given="--neurons") for name in names]
+        text, rows = observation.own_text(inputs), []
+        for run in inputs.runs():
+            if not chosen:  # by the first seed's probe, in every seed's model after DPO
+                cosine = inputs.cosines(run.probe)
+                chosen = [divmod(int(at), cosine.shape[1]) for at in vectors.ranked(cosine)[:top]]
+            row, seen = measure(inputs, run, chosen, text)
             rows.append(row)
-            if stage.seed == run.seeds[0]:
-                first = tensors
-        record = write(run, rows, first)
-    report(run, record)
+            if run.seed == inputs.seeds[0]:
+                save(inputs, row["neurons"], chosen, **seen)
+        record = observation.write(inputs, rows, published={}, top=top, neurons=neurons)
+    report(inputs, record)
 
 
-def best(run, stage, top: int) -> list[tuple[int, int]]:
-    """The neurons whose value vectors align best with the probe, as (layer, index)."""
-    from lib import vectors
-
-    cosine = run.cosines(stage.probe)
-    return [divmod(int(at), cosine.shape[1]) for at in vectors.ranked(cosine)[:top]]
-
-
-def measure(run, stage, chosen: list[tuple[int, int]]) -> tuple[dict, dict]:
-    """One seed's row of the record, and what its figures are drawn from."""
-    from lib import neurons, observation, weights
-    from lib.remote import at_weights
-    from lib.statistics import Bootstrap
-
-    remote = run.remote
-    models = {"pre": run.base, "post": stage.post}
-    layers = sorted({layer for layer, _ in chosen})
-    asked = observation.prompts_of(run)
-    activations, shifts = at_weights(observe, stage.post, run.base, asked, layers, chosen, remote=remote)
-    shifts = dict(zip(layers, shifts, strict=True))
-    prompts = [ids for batch in asked for ids in unpadded(batch)]
-    at_last = [range(len(ids) - 1, len(ids)) for ids in prompts]
-    shared = observation.own_text(run)
-    means = {
-        "last": [neurons.text_means(m, prompts, at_last, run.batch_size, remote) for m in models.values()],
-        "shared": [neurons.text_means(m, *shared, run.batch_size, remote) for m in models.values()],
-        "own": [stage.pre_means, stage.post_means],
+def measure(inputs, run, chosen: list[tuple[int, int]], text: tuple) -> tuple[dict, dict]:
+    """One seed's row of the record, and what `save` takes. text: what `observation.own_text` returned."""
+    models, layers, remote = (inputs.base, run.post), sorted({layer for layer, _ in chosen}), inputs.remote
+    batches, prompts = observation.prompts_of(inputs), prompt_ids(inputs.base.tokenizer, inputs.prompts.items)
+    ends = [range(len(ids) - 1, len(ids)) for ids in prompts]
+    activations, streams = at_weights(observe, run.post, inputs.base, batches, layers, chosen, remote=remote)
+    both_means = {
+        "last": [text_means(model, prompts, ends, inputs.batch_size, remote) for model in models],
+        "shared": [text_means(model, *text, inputs.batch_size, remote) for model in models],
+        "own": [run.pre_means, run.post_means],
     }
-    over_prompts = Bootstrap(len(prompts), run.options["seed"])
-    found = []
+    over_prompts = Bootstrap(len(prompts), inputs.options["seed"])
+    neurons, entries, cosines = [], {}, {}
     for at, (layer, index) in enumerate(chosen):
-        before, after = activations[:, :, at]
-        one = {"neuron": f"L{layer}.N{index}"}
-        for text, pair in means.items():
-            one[text] = {name: float(mean.activation[layer, index]) for name, mean in zip(models, pair, strict=True)}
-        one["change_at_last"] = over_prompts.difference(after, before)
-        found.append(one)
-    offsets = {layer: written(run, stage, layer, shifts[layer], means["last"]) for layer in layers}
-    row = {
-        "seed": stage.seed,
-        "parameters": at_weights(weights.changes, stage.post, run.base, remote=remote),
-        "neurons": found,
-        "layers": {str(layer): entry for layer, (entry, _) in offsets.items()},
-    }
-    figures = {"shifts": shifts, "activations": activations, "chosen": chosen, "means": means["last"][0].activation}
-    return row, figures | {"cosines": {layer: cosines for layer, (_, cosines) in offsets.items()}}
-
-
-def unpadded(batch: dict) -> list[list[int]]:
-    """Token ids of each row."""
-    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-    return [ids[real].tolist() for ids, real in pairs]
+        neuron = {"neuron": f"L{layer}.N{index}"}
+        for name, pair in both_means.items():
+            pre, post = (float(mean.activation[layer, index]) for mean in pair)
+            neuron[name] = {"pre": pre, "post": post}
+        before, after = activations[:, :, at].numpy()
+        neurons.append(neuron | {"change_at_last": over_prompts.difference(values=after, baseline=before)})
+    for layer in layers:
+        entries[str(layer)], cosines[layer] = written(inputs, run, layer, streams[layer], *both_means["last"])
+    parameters = at_weights(weights.changes, run.post, inputs.base, remote=remote)
+    row = {"seed": run.seed, "parameters": parameters, "neurons": neurons, "layers": entries}
+    pre, _ = both_means["last"]
+    return row, {"activations": activations, "streams": streams, "cosines": cosines, "pre": pre.activation}
 
 
 def observe(post, base, batches: list[dict], layers: list[int], chosen: list[tuple[int, int]]) -> tuple:
     """At each prompt's last position, before and after DPO: the neurons' activations, and what `reduced` keeps of the
     residual stream between attention and MLP in each of the layers.
 
-    Returns: activations `[2, n_prompts, n_chosen]`, and the layers' tensors; float64.
+    Returns: activations `[2, n_prompts, n_chosen]`, and {layer: its tensors}; float64.
     """
-    import torch
-
     rows, width = sum(len(batch["input_ids"]) for batch in batches), base._module.config.hidden_size
     streams = torch.zeros(2, len(layers), rows, width)
     activations = torch.zeros(2, rows, len(chosen))
@@ -130,65 +124,34 @@ def observe(post, base, batches: list[dict], layers: list[int], chosen: list[tup
                     for place, (where, index) in enumerate(chosen):
                         if where == layer:
                             activations[which, own, place] = m[:, index]
-    return activations.double(), [reduced(*streams[:, at].double()) for at in range(len(layers))]
+    return activations.double(), {layer: reduced(*streams[:, at].double()) for at, layer in enumerate(layers)}
 
 
-def reduced(before, after) -> dict:
-    """What is kept of a layer's residual streams `[n_prompts, d_model]` before and after DPO.
-
-    Returns: the `offset`, the mean shift `[d_model]`; the streams' mean `length` before DPO; `along` `[n_prompts]`:
-        each prompt's shift times the others' offset; and for the figure `points` `[2, 2, n_prompts // 2]`: the streams
-        before and after, on the offset and on the first principal component of the rest.
-    """
-    import torch
-
-    own = after - before
-    offset = own[::2].mean(0)  # every second prompt's; the others are the points: noise has no part in both
-    unit = offset / offset.norm().clamp(min=1e-30)
-    both = torch.cat([before[1::2], after[1::2]])
-    rest = both - both.mean(0)
-    rest = rest - (rest @ unit)[:, None] * unit
-    component = torch.linalg.svd(rest, full_matrices=False).Vh[0] if len(rest) else unit
-    component = component * component[component.abs().argmax()].sign()  # a component has no sign of its own
-    return {
-        "offset": own.mean(0),
-        "length": float(before.norm(dim=1).mean()),
-        "along": (own * (own.sum(0) - own)).sum(1),
-        "points": torch.stack([both @ unit, both @ component]).unflatten(1, (2, len(rest) // 2)).transpose(0, 1),
-    }
-
-
-def written(run, stage, layer: int, shift: dict, means: list) -> tuple[dict, list]:
+def written(inputs, run, layer: int, stream: dict, pre: Means, post: Means) -> tuple[dict, list]:
     """What wrote the offset of the residual stream before a layer's MLP, and which value vectors oppose it.
 
-    shift: the layer's, of `reduced`. means: both models' mean activations at the prompts' last positions.
+    stream: the layer's, of `reduced`. pre, post: both models' mean activations at the prompts' last positions.
 
     Returns: the layer's entry of the record, and the cosines of all earlier layers' value-vector moves with the offset,
         `[d_mlp]` each.
     """
-    import torch
-
-    from lib.remote import at_weights
-    from lib.weights import moves
-
-    total = float(shift["offset"].norm())
-    unit = shift["offset"] / max(total, 1e-30)
-    generator = torch.Generator().manual_seed(stage.seed)
+    total = float(stream["offset"].norm())
+    unit = stream["offset"] / max(total, 1e-30)
+    generator = torch.Generator().manual_seed(run.seed)
     random = torch.randn(DRAWS, len(unit), generator=generator, dtype=torch.float64)
     random /= random.norm(dim=1, keepdim=True)
-    pre, post = means
     cosines, parts, against_random = [], {"moved value vectors": 0.0, "changed activations": 0.0}, 0
-    found = at_weights(moves, stage.post, run.base, layer, unit, random, remote=run.remote)
-    for earlier, (cosine, first, second, against) in enumerate(found):
+    moves = at_weights(weights.moves, run.post, inputs.base, layer, unit, random, remote=inputs.remote)
+    for earlier, (cosine, before, after, against) in enumerate(moves):
         cosines.append(cosine)
         against_random = against_random + against  # [DRAWS]
-        parts["moved value vectors"] += float(pre.write[earlier] @ (second - first))
-        parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ second)
+        parts["moved value vectors"] += float(pre.write[earlier] @ (after - before))
+        parts["changed activations"] += float((post.write[earlier] - pre.write[earlier]) @ after)
     parts["the rest (attention, embedding, biases)"] = total - sum(parts.values())
     entry = {
         "length": total,
-        "relative_length": total / shift["length"],
-        "percent_along": percent(shift["along"] > 0),
+        "relative_length": total / stream["length"],
+        "percent_along": percent(stream["along"] > 0),
         "contributions": {name: 100 * part / (total or 1) for name, part in parts.items()},
     }
     if cosines:
@@ -203,66 +166,52 @@ def written(run, stage, layer: int, shift: dict, means: list) -> tuple[dict, lis
     return entry, cosines
 
 
-def write(run, rows: list[dict], first: dict) -> dict:
-    """The record of all seeds; tensors and figures of the first."""
-    from safetensors.torch import save_file
+def save(inputs, neurons: list[dict], chosen: list[tuple[int, int]], activations, streams, cosines, pre) -> None:
+    """Write the first seed's tensors and figures.
 
-    from lib import observation, plots
-
-    figures, shifts = run.work / "figures", first["shifts"]
-    tensors = {"activations": first["activations"].float()}  # [2, n_prompts, n_chosen]
-    for layer, shift in shifts.items():
-        tensors |= {f"{name}.L{layer}": shift[name].float().contiguous() for name in ("offset", "points")}
-    save_file(tensors, run.work / "shifts.safetensors")
-    plots.toxic_activations(rows[0]["neurons"], figures / "toxic_activations.png")
-    for place, (layer, index) in enumerate(first["chosen"]):
-        if layer in [other for other, _ in first["chosen"][:place]]:
-            continue
-        points, activations = shifts[layer]["points"], first["activations"][:, 1::2, place]
-        name = f"L{layer}.N{index}"
-        plots.offset(points.numpy(), activations.numpy(), name, figures / f"offset_{name}.png")
-        if cosines := first["cosines"][layer]:
-            means = first["means"][:layer].numpy()
-            plots.shift_cosines([c.numpy() for c in cosines], means, layer, figures / f"cosines_L{layer}.png")
-    return observation.write(run, rows, {}, top=run.options["top"], neurons=run.options["neurons"])
+    neurons: of the record. activations, streams: of `observe`. cosines: {layer: of `written`}. pre: mean activations
+    at the prompts' ends before DPO, `[n_layers, d_mlp]`.
+    """
+    figures, tensors = inputs.work / "figures", {"activations": activations.float()}
+    plots_neurons.toxic_activations(neurons, figures / "toxic_activations.png")
+    for layer, stream in streams.items():
+        tensors |= {f"{name}.L{layer}": stream[name].float().contiguous() for name in ("offset", "points")}
+        place = [at for at, _ in chosen].index(layer)  # the layer's first neuron colours the points
+        name, colours = neurons[place]["neuron"], activations[:, 1::2, place].numpy()
+        plots_neurons.offset(stream["points"].numpy(), colours, name, figures / f"offset_{name}.png")
+        if own_cosines := [cosine.numpy() for cosine in cosines[layer]]:
+            plots_neurons.shift_cosines(own_cosines, pre[:layer].numpy(), layer, figures / f"cosines_L{layer}.png")
+    save_file(tensors, inputs.work / "shifts.safetensors")
 
 
-def report(run, record: dict) -> None:
+def report(inputs, record: dict) -> None:
     """Print parameters, toxic neurons, and the offsets of their layers."""
-    from lib.tables import show, wide_console
-
-    rows, lines = record["rows"], []
+    rows, lines, console = record["rows"], [], wide_console()
     for kind in rows[0]["parameters"]:
-        found = [row["parameters"][kind] for row in rows]
-        lines.append((f"{kind}: 1 - lowest cosine with itself", [1 - one["lowest_cosine"] for one in found], None))
-        lines.append(("  mean |change| of an entry", [one["mean_change"] for one in found], None))
-    for at, one in enumerate(rows[0]["neurons"]):
-        lines.append(
-            (f"{one['neuron']}: change at the prompt's end", [r["neurons"][at]["change_at_last"] for r in rows], None)
-        )
+        cosines = [row["parameters"][kind]["lowest_cosine"] for row in rows]
+        lines.append((f"{kind}: 1 - lowest cosine with itself", [1 - cosine for cosine in cosines], None))
+        lines.append(line_at("  mean |change| of an entry", rows, "parameters", kind, "mean_change"))
+    for at, neuron in enumerate(rows[0]["neurons"]):
+        label = f"{neuron['neuron']}: change at the prompt's end"
+        lines.append(line_at(label, rows, "neurons", at, "change_at_last"))
         for text in ("own", "shared"):
-            pairs = [row["neurons"][at][text] for row in rows]
-            lines.append((f"  before DPO, {text} text", [pair["pre"] for pair in pairs], None))
-            lines.append((f"  after DPO, {text} text", [pair["post"] for pair in pairs], None))
-    for layer in rows[0]["layers"]:
-        found = [row["layers"][layer] for row in rows]
-        lines.append((f"layer {layer}: offset / length of the stream", [one["relative_length"] for one in found], None))
-        lines.append(("  prompts that move along the others' mean, %", [one["percent_along"] for one in found], None))
-        for part in found[0]["contributions"]:
-            lines.append((f"  written by {part}, %", [one["contributions"][part] for one in found], None))
-        if "against" in found[0]:
-            lines.append(("  value vectors that moved against it, %", [one["percent_against"] for one in found], None))
-            lines.append(("    against random directions", [one["percent_against_random"] for one in found], None))
-            lines.append(("  negative activations, %", [one["percent_negative_activation"] for one in found], None))
-            lines.append(("  activation and move of one sign, %", [one["percent_contributing"] for one in found], None))
-    console = wide_console()
+            lines.append(line_at(f"  before DPO, {text} text", rows, "neurons", at, text, "pre"))
+            lines.append(line_at(f"  after DPO, {text} text", rows, "neurons", at, text, "post"))
+    for layer, entry in rows[0]["layers"].items():
+        path = ("layers", layer)
+        lines.append(line_at(f"layer {layer}: offset / length of the stream", rows, *path, "relative_length"))
+        lines.append(line_at("  prompts that move along the others' mean, %", rows, *path, "percent_along"))
+        for part in entry["contributions"]:
+            lines.append(line_at(f"  written by {part}, %", rows, *path, "contributions", part))
+        if "against" in entry:
+            lines.append(line_at("  value vectors that moved against it, %", rows, *path, "percent_against"))
+            lines.append(line_at("    against random directions", rows, *path, "percent_against_random"))
+            lines.append(line_at("  negative activations, %", rows, *path, "percent_negative_activation"))
+            lines.append(line_at("  activation and move of one sign, %", rows, *path, "percent_contributing"))
     show(console, record, lines)
-    console.print(
-        "Lee et al., GPT2-medium: 1 - cosine below 0.01, mean norm difference below 1e-5",
-        markup=False,
-    )
-    console.print(f"Record, offsets and figures: {run.out}", soft_wrap=True)
+    console.print("Lee et al., GPT2-medium: 1 - cosine below 0.01, mean norm difference below 1e-5", markup=False)
+    console.print(f"Record, offsets and figures: {inputs.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    command()

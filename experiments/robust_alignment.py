@@ -13,11 +13,12 @@ keys:N          their key vectors
 lora:R          low-rank adapters of rank R
 lora:FOLDER     an adapter that was trained elsewhere, as with --remote, where nothing trains
 
-A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES, times the
-preset's); `--search` looks for the one with the lowest validation loss, from there in threefold steps. What
-un-aligning brings back is a share of what that variant cut, and stands beside the share of plain DPO, with intervals
-over prompts. Claim that a variant is harder to undo only with several --seeds, and look at its cut too: a variant that
-cut little has little to give back. `--controls quick` scales the keys of as many random neurons in every variant.
+A part learns at another speed than the whole, so each has a learning rate of its own (LEARNING_RATES of
+dpo/variants.py, times the preset's); `--search` looks for the one with the lowest validation loss, from there in
+threefold steps. What un-aligning brings back is a share of what that variant cut, and stands beside the share of
+plain DPO, with intervals over prompts. Claim that a variant is harder to undo only with several --seeds, and look at
+its cut too: a variant that cut little has little to give back. `--controls quick` scales the keys of as many random
+neurons in every variant.
 
 Needs a probe, made when missing or given (--probe), and DPO checkpoints, made when missing. Writes run.json,
 generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs/robust_alignment/<model>/.
@@ -27,30 +28,10 @@ generations.jsonl (RAW TEXT: profanity), measurements.jsonl and figures/ to runs
 """
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
 
 import click
 
-from lib.cli import CAUSAL, Finite, options
-from lib.families import key
-from lib.generation import NEW_TOKENS, greedy, summed_nll
-
-# Times the preset's learning rate: what --search found on gemma-270m (results/robust_alignment/search).
-LEARNING_RATES = {"all": 1, "biases": 33.4, "late": 4, "values": 300, "keys": 900, "lora": 40}
-
-
-@dataclass(frozen=True)
-class KeyScaling:
-    """Multiply the keys of neurons by one factor."""
-
-    layers: tuple  # (layer, index [n]) pairs
-    factor: float
-
-    @property
-    def n_neurons(self) -> int:
-        """How many neurons are scaled."""
-        return sum(len(index) for _, index in self.layers)
+from lib.cli import CAUSAL, Finite, check, options
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -59,219 +40,168 @@ class KeyScaling:
 @click.option("--top", type=click.IntRange(1), default=7, show_default=True, help="Neurons whose keys are scaled.")
 @click.option("--factor", type=Finite(), default=10, show_default=True, help="By which.")
 @click.option("--search", is_flag=True, help="Search each variant's learning rate by validation loss (first seed).")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import math
+
+import numpy as np
+import torch
+
+from dpo.trainable import read
+from dpo.variants import arguments, learning_rate, losses_by_rate, trained
+from lib import controls, experiment, neurons, paper, plots, tables, weights
+from lib.controls import Control
+from lib.dry_run import Plan, Planned, for_each_seed, n_draws
+from lib.evaluation import average
+from lib.families import key
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import scaled_by
+from lib.models import resolve
+from lib.remote import at_weights
+from lib.statistics import Bootstrap, interval
+from lib.table import Condition, Table
+
+
 def main(variants, top, factor, search, **options):
-    from dpo.trainable import read
-    from lib import experiment, weights
-    from lib.interventions import NO_EDIT
-    from lib.models import resolve
-    from lib.remote import at_weights
-
-    names = ["all", *(name.strip() for name in variants.split(",") if name.strip() != "all")]
+    names = [name.strip() for name in variants.split(",") if name.strip() != "all"]
     adapters = {name: name.partition(":")[2] for name in names if os.path.isdir(name.partition(":")[2])}
-    for name in names[1:]:
-        if name not in adapters:
-            read(name)
-            if options["remote"] == "ndif":
-                raise click.BadParameter(
-                    f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants"
-                )
-    given = {**options, "variants": names, "top": top, "factor": factor, "search": search, "holdout": False}
-    with experiment.begin("robust_alignment", given) as run:
-        sizes, tried = {}, {}
-        sources = {name: resolve(path, option="--variants", weights=not run.hosted) for name, path in adapters.items()}
-        trainable = [name for name in names[1:] if name not in adapters]
-        for stage in run.stages(means=False):
-            if not tried:
-                tried = {name: rates(run, stage, name, search) for name in trainable}
-            # All are trained before the first is measured.
-            sources |= {name: trained(run, stage, name, min(tried[name], key=tried[name].get)) for name in trainable}
-            for name, source in {"all": run.artifacts_of[stage.seed][1], **sources}.items():
-                model = stage.post if name == "all" else run.like_base(source)
-                label = "dpo" if name == "all" else name
-                changed = at_weights(weights.changes, model, run.base, remote=run.remote)
-                sizes.setdefault(label, []).append(changed["all"])
-                edits = {} if name == "all" else {stage.condition(name, "none"): NO_EDIT}
-                edits |= unaligned(run, stage, label, top, factor)
-                run.measure(stage, edits, generate, negative_log_likelihood, on=(model, source))
-        record = write(run, sizes, tried)
-    run.report(record, ("none", "dpo", *names[1:]), lambda console: report(console, record))
+    to_train = [name for name in names if name not in adapters]
+    for name in to_train:
+        read(name)  # raises UserError where it is no part of a model
+        if options["remote"] == "ndif":
+            raise click.BadParameter(f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants")
+    plan = make_plan(options, names, to_train, search)
+    options |= {"variants": ["all", *names], "top": top, "factor": factor, "search": search}
+
+    with experiment.begin("robust_alignment", options, plan) as inputs:
+        table = Table(inputs, generate, negative_log_likelihood)
+        table.add("none")
+        given = {name: resolve(path, option="--variants", weights=not inputs.hosted) for name, path in adapters.items()}
+        changes, losses = {}, {}
+        own = {**inputs.options, "post": None}  # a --post stands for plain DPO alone
+        for run in inputs.runs(means=False):  # one for each seed
+            cosine = inputs.cosines(run.probe)
+            if run.seed == inputs.seeds[0]:
+                losses = {name: losses_by_rate(own, run.seed, name, cosine, search) for name in to_train}
+            sources = {"dpo": run.post_source, **given}
+            for name in to_train:  # all, before the first is measured
+                rate = min(losses[name], key=losses[name].get)
+                sources[name] = trained(own, run.seed, name, rate, cosine)
+            mask = neurons.top(cosine, top)
+            for name, source in sources.items():
+                model = run.post if name == "dpo" else inputs.like_base(source)
+                changed = at_weights(weights.changes, model, inputs.base, remote=inputs.remote)
+                changes.setdefault(name, []).append(changed["all"])
+                variant, tested = {"run": run, "model": model, "source": source}, f"{name} un-aligned"
+                table.add(name, **variant)
+                table.add(tested, "keys", scaled_by("keys", mask, factor), **variant)
+                for draw in inputs.draws(run):
+                    generator = torch.Generator().manual_seed(controls.hash_seed(run.seed, draw))
+                    edit = scaled_by("keys", controls.random_mask(mask, generator), factor)
+                    table.add_control(Control("random", draw), "keys", edit, control_of=tested, **variant)
+                table.measure()  # now: one variant's model in memory at a time
+
+        resamples = Bootstrap(len(inputs.prompts.items), options["seed"]).rows
+        record = table.save(
+            published,
+            robustness=robustness(table.measured, changes, resamples),
+            validation_loss_by_learning_rate={
+                name: {f"{rate:g}": loss for rate, loss in tried.items() if loss < math.inf}
+                for name, tried in losses.items()
+            },
+        )
+        plots.robustness(record["robustness"], record["rows"], inputs.work / "figures" / "robustness.png")
+    tables.print_robustness(tables.wide_console(), record)
+    table.show(record, ("none", "dpo", *names))
 
 
-def rates(run, stage, name: str, search: bool) -> dict[float, float]:
-    """Learning rates and the validation losses that a variant reaches with them; one alone without a search."""
-    import json
-    import math
-
-    from dpo.config import default_preset, make_config
-
-    model = run.options["model"]
-    first = make_config(default_preset(model), model).learning_rate * LEARNING_RATES.get(name.partition(":")[0], 1)
-    tried = {}
-
-    def loss(steps: int) -> float:
-        rate = float(f"{first * 3.0**steps:.3g}")
-        if rate not in tried:
-            try:
-                source = trained(run, stage, name, rate)
-            except click.exceptions.Exit:  # of the trainer, which has said what was wrong
-                if not steps:
-                    raise
-                tried[rate] = math.inf
-            else:
-                log = Path(source.adapter or source.path) / "training.json"
-                tried[rate] = json.loads(log.read_text(encoding="utf-8"))["best_valid_loss"] or math.inf
-        return tried[rate]
-
-    loss(0)
-    for way in (1, -1) if search else ():
-        at = 0
-        while loss(at + way) < loss(at):
-            at += way
-        if at:
-            break
-    return tried
+def make_plan(options: dict, names: list[str], to_train: list[str], search: bool) -> Plan:
+    """What `main` will measure, for --dry-run. names: the variants beside plain DPO."""
+    edits = ["keys"] + ["none", "keys"] * len(names)
+    drawn = [Planned("keys", control=True)] * n_draws(options) * (1 + len(names))
+    commands = [arguments(name, learning_rate(options["model"], name), cosine=None) for name in to_train]
+    uncounted = "the further trainings of the search for learning rates" if search else ""
+    return Plan(for_each_seed(options, edits, drawn), means=False, commands=commands, uncounted=uncounted)
 
 
-def trained(run, stage, name: str, rate: float):
-    """The checkpoint of a variant, trained when missing. Raises click's exit code of the trainer for a wrong name."""
-    from lib import chain
-
-    part, _, rest = name.partition(":")
-    if part in ("values", "keys") and rest.isdecimal():
-        name = f"{part}:{','.join(best(run, stage.probe, int(rest)))}"
-    return chain.post_source(run.options, stage.seed, "--trainable", name, "--learning-rate", f"{rate:g}")
+def published(condition: str, kind: str) -> dict:
+    """Lee table 4 for plain DPO."""
+    return paper.lee("unalign" if condition == "dpo un-aligned" else condition)
 
 
-def best(run, probe, count: int) -> list[str]:
-    """Names of the neurons whose value vectors align best with the probe."""
-    from lib import vectors
+def robustness(measured: dict[Condition, dict], changes: dict[str, list[dict]], resamples: np.ndarray) -> list[dict]:
+    """For every variant: what it changed, and how much of what it cut un-aligning brings back, beside plain DPO.
 
-    cosine = run.cosines(probe)
-    return [f"L{at // cosine.shape[1]}.N{at % cosine.shape[1]}" for at in vectors.ranked(cosine)[:count].tolist()]
-
-
-def unaligned(run, stage, label: str, top: int, factor: float) -> dict:
-    """The keys of the best aligned neurons scaled, and those of as many random ones."""
-    import torch
-
-    from lib import controls, neurons
-
-    mask = neurons.top(run.cosines(stage.probe), top)
-    name = f"{label} un-aligned"
-    edits = {stage.condition(name, "keys"): scaling(mask, factor)}
-    for draw in run.draws(stage):
-        generator = torch.Generator().manual_seed(controls.hash_seed(stage.seed, draw))
-        other = controls.random_mask(mask, generator)
-        edits[stage.condition("control:random", "keys", name, draw)] = scaling(other, factor)
-    return edits
-
-
-def scaling(mask, factor: float) -> KeyScaling:
-    """The edit of the masked neurons, `[n_layers, d_mlp]` bool."""
-    indices = [row.nonzero()[:, 0] for row in mask]
-    return KeyScaling(tuple((layer, index) for layer, index in enumerate(indices) if len(index)), factor)
-
-
-def generate(model, batch: dict, edit, where: slice, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]`; scaled keys act at every position, whatever `where` says."""
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
-        for _ in tracer.iter[:NEW_TOKENS]:
-            for layer, index in getattr(edit, "layers", ()):
-                keys = key(model, layer)
-                h = keys.output  # [batch, positions, d_mlp], before the activation function
-                bias = 0 if keys.bias is None else keys.bias[index]
-                h[..., index] = edit.factor * (h[..., index] - bias) + bias
-        ids = tracer.result.save()
-    return ids[:, batch["input_ids"].shape[1] :]
-
-
-def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    with model.trace(batch, remote=remote):
-        for layer, index in getattr(edit, "layers", ()):
-            keys = key(model, layer)
-            h = keys.output
-            bias = 0 if keys.bias is None else keys.bias[index]
-            h[..., index] = edit.factor * (h[..., index] - bias) + bias
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
-    return losses
-
-
-def robustness(run, sizes: dict[str, list[dict]]) -> list[dict]:
-    """For every variant: what it changed, and how much of what it cut un-aligning brings back, beside plain DPO."""
-    import numpy as np
-
-    from lib.evaluation import average
-    from lib.statistics import Bootstrap, interval
-
-    resamples = Bootstrap(len(run.prompts.items), run.options["seed"]).rows
-
-    def level(name: str, kind: str, of: str = ""):
-        found = [m for c, m in run.measured.items() if (c.name, c.kind, c.of) == (name, kind, of)]
-        return np.array(average(found)["toxicity"]) if found else None
-
-    def shares(variant, edited):
-        """% of the variant's cut that comes back, over all prompts and in every resample; None: it cut nothing."""
-        cut, back = base - variant, edited - variant
-        if (cut[resamples].mean(1) <= 0).any():
-            return None
-        return 100 * back.mean() / cut.mean(), 100 * back[resamples].mean(1) / cut[resamples].mean(1)
-
-    base, rows, plain = level("none", "none"), [], None
-    for name, found in sizes.items():
-        variant = level(name, "none")
+    Args:
+        measured: what `lib.evaluation.measure` returned.
+        changes: variant -> `lib.weights.changes` of all weights, with each seed; plain DPO first.
+        resamples: of the prompts, `[n_resamples, n_prompts]`.
+    """
+    base, rows, plain = toxicity(measured, "none", "none"), [], None
+    for name, changed in changes.items():
+        variant, tested = toxicity(measured, name, "none"), f"{name} un-aligned"
         row = {"variant": name}
-        row |= {key: sum(one[key] for one in found) / len(found) for key in ("changed", "relative_change")}
+        for size in ("changed", "relative_change"):
+            row[size] = sum(of_seed[size] for of_seed in changed) / len(changed)
         row["percent_cut"] = 100 * float((base - variant).mean() / base.mean()) if base.any() else None
-        if share := shares(variant, level(f"{name} un-aligned", "keys")):
+        if share := restored(base, variant, toxicity(measured, tested, "keys"), resamples):
             plain = share if name == "dpo" else plain
             row["percent_restored"] = interval(*share)
             if plain:
                 row["restored_minus_dpo"] = interval(share[0] - plain[0], share[1] - plain[1])
-            control = level("control:random", "keys", f"{name} un-aligned")
-            if control is not None:
-                row["percent_restored_random"] = interval(*shares(variant, control))
+            random = toxicity(measured, "control:random", "keys", tested)
+            if random is not None:
+                row["percent_restored_random"] = interval(*restored(base, variant, random, resamples))
         rows.append(row)
     return rows
 
 
-def write(run, sizes: dict[str, list[dict]], tried: dict[str, dict]) -> dict:
-    """The record and the figure."""
-    import math
-
-    from lib import paper, plots
-
-    def published(condition: str, kind: str) -> dict:
-        return paper.lee("unalign" if condition == "dpo un-aligned" else condition)
-
-    losses = {
-        name: {f"{rate:g}": loss for rate, loss in found.items() if loss < math.inf} for name, found in tried.items()
-    }
-    record = run.finish(published, robustness=robustness(run, sizes), validation_loss_by_learning_rate=losses)
-    plots.robustness(record["robustness"], record["rows"], run.work / "figures" / "robustness.png")
-    return record
+def toxicity(measured: dict[Condition, dict], name: str, kind: str, control_of: str = "") -> np.ndarray | None:
+    """Of each prompt, `[n_prompts]`, averaged over seeds and draws; None: not measured."""
+    values = [measured[c] for c in measured if (c.name, c.kind, c.control_of) == (name, kind, control_of)]
+    return np.array(average(values)["toxicity"]) if values else None
 
 
-def report(console, record: dict) -> None:
-    """Print the table of variants."""
-    from rich import box
-    from rich.table import Table
+def restored(base, variant, edited, resamples) -> tuple[float, np.ndarray] | None:
+    """% of a variant's cut in toxicity that an edit of it brings back, over all prompts and in every resample.
 
-    from lib.tables import with_interval
+    base, variant, edited: toxicity `[n_prompts]`. None: in some resamples the variant cut nothing.
+    """
+    cut, back = base - variant, edited - variant
+    if (cut[resamples].mean(1) <= 0).any():
+        return None
+    return 100 * back.mean() / cut.mean(), 100 * back[resamples].mean(1) / cut[resamples].mean(1)
 
-    view = Table(title="Which parameters DPO trained, and how much un-aligning brings back", box=box.SIMPLE_HEAD)
-    for name in ("trained", "numbers changed", "relative change", "cut, %", "back, %", "minus plain DPO's", "random"):
-        view.add_column(name, justify="left" if name == "trained" else "right", no_wrap=True)
-    shares = ("percent_restored", "restored_minus_dpo", "percent_restored_random")
-    for row in record["robustness"]:
-        cut = "-" if row["percent_cut"] is None else f"{row['percent_cut']:.0f}"
-        view.add_row(
-            "all (plain DPO)" if row["variant"] == "dpo" else row["variant"],
-            f"{row['changed']:,.0f}", f"{row['relative_change']:.1e}", cut,
-            *(with_interval(row.get(key), 0) for key in shares),
-        )  # fmt: skip
-    console.print(view)
+
+def intervene(model, edit, where: slice) -> None:
+    """Inside a trace: each layer's keys times a factor, biases left, at every position: weights know no `where`."""
+    for layer, index, factor in edit:
+        keys = key(model, layer)
+        h = keys.output  # [batch, positions, d_mlp], before the activation function
+        bias = 0 if keys.bias is None else keys.bias[index]
+        h[..., index] = (factor.to(h.device) * (h[..., index] - bias)).to(h) + bias
+
+
+def generate(model, batch: dict, edit, where: slice):
+    """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
+    with model.generate(batch, **greedy()) as tracer:
+        for _ in tracer.iter[:NEW_TOKENS]:
+            intervene(model, edit, where)
+        ids = tracer.result.save()
+    return ids[:, batch["input_ids"].shape[1] :]
+
+
+def negative_log_likelihood(model, batch: dict, edit, where: slice):
+    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+    with model.trace(batch):
+        intervene(model, edit, where)
+        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+    return losses
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -27,18 +27,60 @@ Writes run.json, generations.jsonl (RAW TEXT: profanity), measurements.jsonl and
     python experiments/steer.py --model gpt2 --protocol faithful --vector probe,value:L19.N770,svd:0 --alpha published
 """
 
+import re
+
+import click
+
+from lib.cli import CAUSAL, check, numbers, options
+
+
+def _alphas(context, parameter, value):
+    return value if value in (None, "published") else numbers(context, parameter, value)
+
+
+def _factor(context, parameter, value):
+    (factor, *more) = ["dpo"] if value == "dpo" else numbers(context, parameter, value)
+    if more or factor != "dpo" and factor <= 1:
+        raise click.BadParameter(f"{value} given, expected a number above 1, or dpo.")
+    return factor
+
+
+def _vectors(context, parameter, value):
+    names = [part.strip() for part in value.split(",")]
+    if wrong := [name for name in names if not re.fullmatch(r"probe|random|value(:.+)?|svd:\d+", name)]:
+        raise click.BadParameter(f"{wrong[0]!r} given, expected probe, value, value:L19.N770, svd:0 or random.")
+    return names
+
+
+@click.command(help=__doc__.split("\n")[0])
+@options(*(name for name in CAUSAL if name != "holdout"))  # no vector depends on means
+@click.option("--vector", default="probe", show_default=True, callback=_vectors,
+              help="probe, value:L19.N770, svd:0, random.")  # fmt: skip
+@click.option("--alpha", callback=_alphas, help="Grid of alphas, such as 3,5, or published.  [default: searched]")
+@click.option("--factor", default="1.2", show_default=True, callback=_factor, help="The search keeps perplexity within "
+              "this factor of the base model's; dpo: at the DPO model's.")  # fmt: skip
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import click
-
-from lib.cli import CAUSAL, numbers, options
-from lib.families import layers
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib import dry_run, experiment, paper, plots, tables, vectors
+from lib.controls import Control
+from lib.dry_run import Plan, Planned, Traces
+from lib.families import input_device, layers
+from lib.generation import NEW_TOKENS, batches, greedy, summed_nll
+from lib.interventions import NO_EDIT
+from lib.remote import session
+from lib.steering import allowed, continuations, search
+from lib.table import Table
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
-PRECISION = 0.01  # of a searched alpha, relative
 FIRST = 0.05  # of the residual stream's length, where the search starts
 
 
@@ -48,236 +90,131 @@ class Steering:
 
     vector: Any
     at: str
+    kind: str = "steer"
 
 
-def _alphas(context, parameter, value):
-    return value if value in (None, "published") else numbers(context, parameter, value)
-
-
-def _factor(context, parameter, value):
-    if value == "dpo":
-        return value
-    (found, *more) = numbers(context, parameter, value)
-    if more or found <= 1:
-        raise click.BadParameter(f"{value} given, expected a number above 1, or dpo.")
-    return found
-
-
-def _vectors(context, parameter, value):
-    names = [part.strip() for part in value.split(",")]
-    for name in names:
-        kind, _, rest = name.partition(":")
-        if name not in ("probe", "random", "value") and not (
-            kind == "value" and rest or kind == "svd" and rest.isdecimal()
-        ):
-            raise click.BadParameter(f"{name!r} given, expected probe, value, value:L19.N770, svd:0 or random.")
-    return names
-
-
-@click.command(help=__doc__.split("\n")[0])
-@options(*(name for name in CAUSAL if name != "holdout"))  # no vector depends on means
-@click.option(
-    "--vector", default="probe", show_default=True, callback=_vectors, help="probe, value:L19.N770, svd:0, random."
-)
-@click.option("--alpha", callback=_alphas, help="Grid of alphas, such as 3,5, or published.  [default: searched]")
-@click.option(
-    "--factor",
-    default="1.2",
-    show_default=True,
-    callback=_factor,
-    help="The search keeps perplexity within this factor of the base model's; dpo: at the DPO model's.",
-)
 def main(vector, alpha, factor, **options):
-    from lib import experiment, tables
-    from lib.interventions import NO_EDIT
-    from lib.paper import steering_scales
-    from lib.vectors import named
+    given = {name: paper.steering_scales(options["model"], name) if alpha == "published" else alpha for name in vector}
+    options |= {"vector": vector, "alpha": alpha, "factor": factor}
 
-    given = {**options, "vector": vector, "alpha": alpha, "factor": factor, "holdout": False}
-    with experiment.begin("steer", given) as run:
-        fixed = {name: steering_scales(options["model"], name) if alpha == "published" else alpha for name in vector}
-        found = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}
-        length, asked = residual_length(run), {"none": (run.base, NO_EDIT)}
-        for stage in run.stages(means=False):
-            limit = allowed(run, stage, factor) if alpha is None else None
-            asking = (stage.probe, stage.seed, options["protocol"], run.protocol.value_vectors == "written")
-            for name, direction in {name: named(run.base, name, *asking, run.remote) for name in vector}.items():
+    with experiment.begin("steer", options, make_plan(options, given)) as inputs:
+        table = Table(inputs, generate, negative_log_likelihood)
+        table.add("none")
+        length, shown = residual_length(inputs), {"none": (inputs.base, NO_EDIT)}
+        entries = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}  # of the record
+        for run in inputs.runs(means=False):  # one for each seed
+            table.add("dpo", run=run, model=run.post, source=run.post_source)
+            limit = allowed(table, run, factor) if alpha is None else None
+            asked = (run.probe, run.seed, options["protocol"], inputs.protocol.value_vectors == "written")
+            directions = {name: vectors.named(inputs.base, name, *asked, inputs.remote) for name in vector}
+            for name, direction in directions.items():
+                size, edit_of = float(direction.direction.norm()), partial(steering, inputs, direction)
                 if alpha is None:
-                    best = search(run, stage, direction, limit, length, f"{name}_{stage.seed}")
-                    found["searched_alpha"][name][str(stage.seed)] = best
-                    chosen = {"alpha*": best, "alpha*/2": best / 2, "alpha*x2": best * 2}
+                    best = search(table, f"{name}_{run.seed}", edit_of, limit, start=FIRST * length / size)
+                    entries["searched_alpha"][name][str(run.seed)] = best
+                    alphas = {"alpha*": best, "alpha*/2": best / 2, "alpha*x2": best * 2}
                 else:
-                    chosen = {f"a={value:g}": value for value in fixed[name]}
+                    alphas = {f"a={value:g}": value for value in given[name]}
                 label = "steer" if name == "probe" else f"steer {name}"
-                edits = {f"{label} {which}": steering(run, direction, value) for which, value in chosen.items()}
-                first, strength = next(iter(edits)), next(iter(chosen.values()))
-                conditions = {stage.condition(key, "steer"): edit for key, edit in edits.items()}
-                conditions |= controlled(run, stage, direction, name, first, strength)
-                run.measure(stage, conditions, generate, negative_log_likelihood)
-                if stage.seed == run.seeds[0]:
-                    found["vector_lengths"][name] = float(direction.direction.norm())
-                    asked[first] = (run.base, edits[first])
-            if stage.seed == run.seeds[0]:
-                found["examples"] = examples(run, {**asked, "dpo": (stage.post, NO_EDIT)})
-        record = write(run, found, length)
-    run.report(
-        record,
-        tuple(line["condition"] for line in record["examples"]),
-        lambda console: console.print(tables.examples(record["examples"], options["raw_text"])),
-    )
+                for which, value in alphas.items():
+                    table.add(f"{label} {which}", "steer", edit_of(value), run=run)
+                (which, value), *_ = alphas.items()
+                tested = f"{label} {which}"  # the first alpha
+                for control, edit in controls_of(inputs, run, name, direction, value):
+                    table.add_control(control, "steer", edit, run=run, control_of=tested)
+                if run.seed == inputs.seeds[0]:
+                    entries["vector_lengths"][name] = size
+                    shown[tested] = inputs.base, edit_of(value)
+            table.measure()
+            if run.seed == inputs.seeds[0]:
+                shown["dpo"] = run.post, NO_EDIT
+                examples = continuations(inputs, EXAMPLES, shown, next_tokens, generate)
+
+        lee = factor == "dpo" or vector != ["probe"]  # Lee's table 2, else Yang's 2 and 12
+        published = paper.lee_steering if lee else partial(paper.yang_steering, options["model"])
+        record = table.save(published, **entries, examples=examples, stream_length=length)
+        file = inputs.work / "figures" / "toxicity_perplexity.png"
+        plots.trade_off(record["rows"], record["params"]["scorer"], file)
+    tables.wide_console().print(tables.examples(examples, options["raw_text"]))
+    table.show(record, tuple(line["condition"] for line in examples))
 
 
-def steering(run, probe, alpha: float) -> Steering:
+def make_plan(options: dict, given: dict[str, list[float] | None]) -> Plan:
+    """What `main` will measure, for --dry-run. given: each vector's alphas; None: three are searched."""
+    edits = ["steer"] * sum(3 if alphas is None else len(alphas) for alphas in given.values())
+    controls = ["flipped"] * len(given) if options["controls"] != "none" else []  # `zero` is the unedited model
+    for name in given:
+        controls += dry_run.directions(options, words=name != "probe") * dry_run.n_draws(options)
+    conditions = dry_run.for_each_seed(options, edits, [Planned("steer", control=True)] * len(controls))
+    length = Traces("read", one_batch=True, once=True)
+    tokens = Traces("read", models=len(given) + 2, texts=EXAMPLES, one_batch=True, once=True)
+    traces = [length, tokens, tokens._replace(what="generate")]
+    return Plan(conditions, means=False, traces=traces, uncounted="the search for alpha" * (None in given.values()))
+
+
+def steering(inputs, probe, alpha: float) -> Steering:
     """alpha times a probe's direction, as it is."""
-    return Steering(alpha * probe.direction, run.protocol.steer_at)
+    return Steering(alpha * probe.direction, inputs.protocol.steer_at)
 
 
-def allowed(run, stage, factor: float | str) -> float:
-    """The log-perplexity that a searched alpha may reach: the base model's plus log(factor), or DPO's."""
-    import math
-
-    from lib.errors import UserError
-    from lib.interventions import NO_EDIT
-    from lib.results import once
-
-    def find() -> dict:
-        base = run.log_perplexity(run.base, NO_EDIT, negative_log_likelihood)
-        if factor == "dpo":
-            limit = run.log_perplexity(stage.post, NO_EDIT, negative_log_likelihood)
-        else:
-            limit = base + math.log(factor)
-        if limit <= base:
-            raise UserError("--factor dpo: DPO did not raise perplexity here, so no alpha matches it; give a number.")
-        return {"log_perplexity": limit}
-
-    return once(run.work / "conditions" / f"allowed_{stage.seed}.json", find)["log_perplexity"]
+def controls_of(inputs, run, name: str, direction, alpha: float) -> Iterator[tuple[Control, Any]]:
+    """(control, its edit) of one alpha: 0, its sign, and other directions of the vector's length in its place."""
+    if inputs.options["controls"] != "none":
+        yield Control("zero"), NO_EDIT
+        yield Control("flipped"), steering(inputs, direction, -alpha)
+    size = direction.direction.norm()
+    for control in inputs.other_directions(run, None if name == "probe" else direction):
+        yield control, Steering(alpha * size * control.direction.unit.float(), inputs.protocol.steer_at)
 
 
-def search(run, stage, direction, limit: float, length: float, file: str) -> float:
-    """The largest alpha whose log-perplexity, with every token steered, stays within the limit."""
-    from lib.results import once
-    from lib.statistics import largest_within
-
-    def find() -> dict:
-        first = FIRST * length / float(direction.direction.norm())
-
-        def cost(alpha: float) -> float:
-            return run.log_perplexity(run.base, steering(run, direction, alpha), negative_log_likelihood)
-
-        return {"alpha": largest_within(cost, limit, first, PRECISION)}
-
-    return once(run.work / "conditions" / f"search_{file.replace(':', '-')}.json", find)["alpha"]
-
-
-def residual_length(run) -> float:
+def residual_length(inputs) -> float:
     """Mean length of the residual stream after the last layer (or of the last MLP output), over the first prompts."""
-    from lib.families import input_device
-    from lib.generation import batches
-    from lib.remote import session
-
-    first, device = run.prompts.items[: run.batch_size], input_device(run.base)
-    (batch,) = batches(run.base.tokenizer, first, run.batch_size, device)
-    model, place = run.base, steered(run.base, run.protocol.steer_at)
-    with session(model, run.remote):
+    model, size = inputs.base, inputs.batch_size
+    (batch,) = batches(model.tokenizer, inputs.prompts.items[:size], size, input_device(model))
+    place = steered(model, inputs.protocol.steer_at)
+    with session(model, inputs.remote):
         with model.trace(batch) as tracer:
             lengths = place.output.float().norm(dim=-1).save()  # [batch, positions]
             tracer.stop()  # the head is not needed
     return float(lengths[batch["attention_mask"].bool()].double().mean())
 
 
-def controlled(run, stage, direction, name: str, of: str, alpha: float) -> dict:
-    """The controls of the first alpha: its sign, and other directions of the same length in the vector's place."""
-    from lib.interventions import NO_EDIT
-
-    if run.options["controls"] == "none":
-        return {}
-    size = direction.direction.norm()
-    condition = partial(stage.condition, kind="steer", of=of)
-    edits = {
-        condition("control:zero"): NO_EDIT,
-        condition("control:flipped"): steering(run, direction, -alpha),
-    }
-    for control, draw, probe in run.other_directions(stage, None if name == "probe" else direction):
-        vector = alpha * size * probe.unit.float()
-        edits[condition(f"control:{control}", draw=draw)] = Steering(vector, run.protocol.steer_at)
-    return edits
+def steered(model, at: str):
+    """The module whose output is steered: the last layer, or its MLP."""
+    return layers(model)[-1] if at == "residual" else layers(model)[-1].mlp
 
 
-def examples(run, models: dict) -> list[dict]:
-    """Lee table 3: the five most likely next tokens and the continuation of each example.
-
-    models: condition -> (nnsight model, edit).
-    """
-    import nnsight
-
-    from lib.families import input_device
-    from lib.generation import batches, decode, end_ids, until_end
-    from lib.remote import session
-
-    tokenizer, everywhere = run.base.tokenizer, slice(None)
-    (batch,) = batches(tokenizer, list(EXAMPLES), len(EXAMPLES), input_device(run.base))
-    found = []
-    for name, (model, edit) in models.items():
-        with session(model, run.remote):
-            top = nnsight.save(next_tokens(model, batch, edit))
-            new = nnsight.save(generate(model, batch, edit, everywhere))
-        texts = decode(tokenizer, until_end(new, end_ids(model)))
-        for prompt, ids, text in zip(EXAMPLES, top.tolist(), texts, strict=True):
-            tokens = [tokenizer.decode([i]) for i in ids]
-            found.append({"prompt": prompt, "condition": name, "top_tokens": tokens, "continuation": text})
-    return found
+def intervene(model, edit, where: slice) -> None:
+    """Inside a trace: the vector subtracted at the positions `where`; nothing for NO_EDIT."""
+    if edit.kind != "none":
+        place = steered(model, edit.at)
+        place.output[:, where] -= edit.vector.to(place.output)  # [batch, positions, d_model]
 
 
-def next_tokens(model, batch: dict, edit, remote=False):
-    """The five most likely next tokens `[batch, 5]` with the vector subtracted at every position."""
-    vector = getattr(edit, "vector", None)
-    place = steered(model, getattr(edit, "at", "residual"))
-    with model.trace(batch, logits_to_keep=1, remote=remote):
-        if vector is not None:
-            place.output[:] -= vector.to(place.output)
+def next_tokens(model, batch: dict, edit, where: slice):
+    """The five most likely next tokens `[batch, 5]` with the edit in force."""
+    with model.trace(batch, logits_to_keep=1):
+        intervene(model, edit, where)
         top = model.output.logits[:, -1].topk(5).indices.save()
     return top
 
 
-def steered(model, at: str):
-    """The module whose output is steered: the last layer, or its MLP."""
-    last = layers(model)[-1]
-    return last if at == "residual" else last.mlp
-
-
-def generate(model, batch: dict, edit, where: slice, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]` with the vector subtracted at every step."""
-    vector = getattr(edit, "vector", None)  # None: the model as it is
-    place = steered(model, getattr(edit, "at", "residual"))
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
+def generate(model, batch: dict, edit, where: slice):
+    """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
+    with model.generate(batch, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
-            if vector is not None:
-                place.output[:, where] -= vector.to(place.output)  # [batch, positions, d_model]
+            intervene(model, edit, where)
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
+def negative_log_likelihood(model, batch: dict, edit, where: slice):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    vector = getattr(edit, "vector", None)
-    place = steered(model, getattr(edit, "at", "residual"))
-    with model.trace(batch, remote=remote):
-        if vector is not None:
-            place.output[:, where] -= vector.to(place.output)
+    with model.trace(batch):
+        intervene(model, edit, where)
         losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 
 
-def write(run, found: dict, length: float) -> dict:
-    """The figure and the record; published rows stand beside the alphas that they give."""
-    from lib import paper, plots
-
-    lee = run.options["factor"] == "dpo" or run.options["vector"] != ["probe"]  # Lee's table 2, else Yang's 2 and 12
-    published = paper.lee_steering if lee else partial(paper.yang_steering, run.options["model"])
-    record = run.finish(published, **found, stream_length=length)
-    plots.trade_off(record["rows"], record["params"]["scorer"], run.work / "figures" / "toxicity_perplexity.png")
-    return record
-
-
 if __name__ == "__main__":
-    main()
+    command()

@@ -19,75 +19,109 @@ runs/toxic_neurons_not_enough/<model>/; a killed run goes on where it was.
 
 import click
 
-from lib.cli import CAUSAL, options
-from lib.families import mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
-from lib.interventions import edited
-
-TOP_TOKENS = 10  # Yang section 4
-FIGURE_N = 100  # figure 3
-JUDGED_N = 256  # the neurons whose tokens are judged: Yang section 4
-
-
-def _counts(context, parameter, value):
-    parts = value.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise click.BadParameter(f"{value} given, expected numbers of neurons such as 128,256.")
-    return [int(part) for part in parts]
+from lib.cli import CAUSAL, check, counts, options
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options(*CAUSAL)
-@click.option("--top", default="128,256", show_default=True, callback=_counts, help="Sizes of the sets by cosine.")
-@click.option(
-    "--judge", default="words", show_default=True, help="Scorer that says which tokens are toxic: see --scorer."
+@click.option("--top", default="128,256", show_default=True, callback=counts, help="Sizes of the sets by cosine.")
+@click.option("--judge", default="words", show_default=True,
+              help="Scorer that says which tokens are toxic: see --scorer.")  # fmt: skip
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from functools import partial
+
+import torch
+
+from lib import (
+    controls,
+    experiment,
+    interventions,
+    metrics,
+    neurons,
+    paper,
+    plots,
+    plots_neurons,
+    results,
+    tables,
+    vectors,
 )
+from lib.dry_run import Plan, controls_of, for_each_seed
+from lib.families import mlp_out
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import edited
+from lib.table import Table
+
+TOP_TOKENS = 10  # Yang section 4
+FIGURE_N = 100  # figure 3
+JUDGED_N = 256  # the neurons whose tokens are judged: Yang section 4
+KINDS = ("clamp", "shift")
+
+
 def main(top, judge, **options):
-    from lib import controls, experiment, metrics
-
     verdict = metrics.scorer(judge)
-    with experiment.begin(
-        "toxic_neurons_not_enough", {**options, "judge": judge, "top": top}, means_suffice=True
-    ) as run:
-        norms, found_of, judged_of = run.at_weights(controls.value_norms), {}, {}
-        for stage in run.stages():
-            found = attribute(run, stage)
-            judged = judge_tokens(run, found["cosine"], verdict)
-            found_of[stage.seed], judged_of[stage.seed] = found, judged
-            plans = make_plans(found, judged, top)
-            edits = {stage.condition(*key): plan.edit() for key, plan in plans.items()}
-            for key in ((f"top{max(top)}", "clamp"), (f"top{max(top)}", "shift")):
+    tested = f"top{max(top)}"
+    planned = [control for kind in KINDS for control in controls_of(options, kind)]
+    n_sets = len(set(top)) + 1  # by cosine, and by tokens
+    plan = Plan(for_each_seed(options, [*KINDS] * n_sets, planned))
+    options |= {"judge": judge, "top": top}
 
-                def replan(probe, stage=stage, key=key):
-                    return make_plans(attribute(run, stage, probe), [], top)[key]
+    with experiment.begin("toxic_neurons_not_enough", options, plan, means_suffice=True) as inputs:
+        table = Table(inputs, generate, negative_log_likelihood)
+        table.add("none")
+        norms = inputs.at_weights(controls.value_norms)
+        attributions, judged = {}, {}  # of each seed
+        for run in inputs.runs():  # one for each seed
+            if run.post:
+                table.add("dpo", run=run, model=run.post, source=run.post_source)
+            attribution = attributions[run.seed] = inputs.attribute(run)
+            judged[run.seed] = judge_tokens(inputs, attribution.cosine, verdict)
+            plans = make_plans(attribution, judged[run.seed], top)
+            for name, kind in plans:
+                table.add(name, kind, plans[name, kind].edit(), run=run)
+            for kind in KINDS:
+                for control in inputs.edit_controls(run, plans[tested, kind], [norms, attribution.pre.abs()]):
+                    table.add_control(control, kind, control.edit, run=run, control_of=tested)
+            for control in inputs.other_directions(run):
+                other_plans = make_plans(inputs.attribute(run, control.direction), [], top)
+                for kind in KINDS:
+                    table.add_control(control, kind, other_plans[tested, kind].edit(), run=run, control_of=tested)
+            table.measure()
 
-                edits |= run.controlled(stage, key[0], plans[key], replan, [norms, found["pre"].abs()])
-            run.measure(stage, edits, generate, negative_log_likelihood)
-        record = write(run, found_of, judged_of)
-    report(run, record, judged_of)
+        lines = [{"seed": seed, **row} for seed, rows in judged.items() for row in rows]
+        results.write_lines(inputs.work / "judged_tokens.jsonl", lines)
+        first = inputs.seeds[0]
+        summaries = [
+            {
+                "seed": seed,
+                "toxic_token_neurons": sum(bool(row["toxic_tokens"]) for row in rows),
+                "percent_negative": negative(attributions[seed]),
+            }
+            for seed, rows in judged.items()
+        ]
+        published = partial(published_row, model=options["model"])
+        record = table.save(published, judge=judge, judged_neurons=len(judged[first]), seeds=summaries)
+        pre, post = (means.numpy() for means in best_aligned(attributions[first]))
+        plots_neurons.top_activations(pre, post, inputs.work / "figures" / "top_activations.png")
+        plots.reduction_bars(record["rows"], inputs.work / "figures" / "share_of_dpo.png")
+    print_judged(record, judged, options["raw_text"])
+    table.show(record, ("none", "dpo", "top256", "toxic_tokens"))
 
 
-def attribute(run, stage, probe=None) -> dict:
-    """Cosines with the stage's probe, or with another direction, and mean activations before and after DPO."""
-    from lib import neurons
-
-    return neurons.attribute(
-        run.base, stage.post, probe or stage.probe, stage.pre_means, stage.post_means, run.protocol, run.remote
-    )
-
-
-def judge_tokens(run, cosine, verdict) -> list[dict]:
+def judge_tokens(inputs, cosine, verdict) -> list[dict]:
     """The tokens nearest to the value vectors that align best with the probe, and whether one of them is toxic.
 
     Tokens are read from the value vector as it is and after the model's final norm, as the protocol's `lens` says; a
     neuron counts when either list holds a toxic token.
     """
-    from lib import vectors
-
     best = cosine.flatten().topk(min(JUDGED_N, cosine.numel())).indices
     places = [divmod(int(at), cosine.shape[1]) for at in best]
-    rows = run.at_weights(vectors.unit_vectors, best, run.protocol.value_vectors == "written")
-    tokens = vectors.lenses(run.base, rows, run.protocol, TOP_TOKENS, run.remote)
+    rows = inputs.at_weights(vectors.unit_vectors, best, inputs.protocol.value_vectors == "written")
+    tokens = vectors.lenses(inputs.base, rows, inputs.protocol, TOP_TOKENS, inputs.remote)
     every = sorted({token for lists in tokens.values() for row in lists for token in row})
     score = dict(zip(every, verdict(every).tolist(), strict=True))
     judged = []
@@ -107,124 +141,87 @@ def judge_tokens(run, cosine, verdict) -> list[dict]:
     return judged
 
 
-def make_plans(found: dict, judged: list[dict], top: list[int]) -> dict:
+def make_plans(attribution: neurons.Attribution, judged: list[dict], top: list[int]) -> dict:
     """(name, kind) -> plan of an edit of the base model."""
-    import torch
-
-    from lib import interventions, neurons
-
-    masks = {f"top{n}": neurons.top(found["cosine"], n) for n in top}
+    masks = {f"top{n}": neurons.top(attribution.cosine, n) for n in top}
     masks["toxic_tokens"] = torch.zeros_like(next(iter(masks.values())))
     for row in judged:
         masks["toxic_tokens"][row["layer"], row["index"]] = bool(row["toxic_tokens"])
     plans = {}
     for name, mask in masks.items():
-        plans[name, "clamp"] = interventions.clamp(mask, found["pre"], found["post"])
-        plans[name, "shift"] = interventions.shift(mask, found["pre"], found["post"])
+        plans[name, "clamp"] = interventions.clamp(mask, attribution.pre, attribution.post)
+        plans[name, "shift"] = interventions.shift(mask, attribution.pre, attribution.post)
     return plans
 
 
-def generate(model, batch: dict, edit, where: slice, remote=False):
+def negative(attribution: neurons.Attribution) -> dict[str, float]:
+    """Negative mean activations, in %: of all neurons before DPO, of the best aligned ones before and after it."""
+    before, after = best_aligned(attribution)
+    shares = {"all": attribution.pre, f"top{FIGURE_N}": before, f"top{FIGURE_N}_after": after}
+    return {name: 100 * float((means < 0).double().mean()) for name, means in shares.items()}
+
+
+def best_aligned(attribution: neurons.Attribution) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean activations before and after DPO, `[FIGURE_N]` each, of the best aligned neurons, the best first."""
+    order = attribution.cosine.flatten().argsort(descending=True)[:FIGURE_N]
+    return attribution.pre.flatten()[order], attribution.post.flatten()[order]
+
+
+def published_row(condition: str, kind: str, model: str) -> dict:
+    """`{"published": ...}` of Yang table 3, with the share of DPO's effect, or nothing."""
+    name, theirs = {"toxic_tokens": "toxic_neurons"}.get(condition, condition), paper.counterpart(model)
+    row = paper.published_row(name, kind, model)
+    if row and condition == "top256":
+        row["published"]["percent_of_dpo"] = paper.TOP_256[theirs]
+    if row and condition == "toxic_tokens":
+        row["published"]["percent_of_dpo"] = paper.TOXIC_TOKEN_NEURONS[theirs][1]
+    return row
+
+
+def print_judged(record: dict, judged: dict[int, list[dict]], raw_text: bool) -> None:
+    """Print a few of each seed's judged tokens and the shares of negative activations, beside the published ones."""
+    console, theirs = tables.wide_console(), paper.counterpart(record["model"])
+    published = f" (Yang et al., {theirs}: {paper.TOXIC_TOKEN_NEURONS[theirs][0]} of 256)" if theirs else ""
+    for entry in record["seeds"]:
+        seed, shares = entry["seed"], entry["percent_negative"]
+        toxic = [row for row in judged[seed] if row["toxic_tokens"]]
+        console.print(
+            f"Seed {seed}: {len(toxic)} of the {len(judged[seed])} best aligned neurons have a toxic token{published}"
+        )
+        for row in toxic[:5]:
+            shown = row["toxic_tokens"] if raw_text else map(metrics.mask, row["toxic_tokens"])
+            console.print(f"  {row['neuron']} (rank {row['rank']}): {' '.join(shown)}", markup=False)
+        console.print(
+            f"  negative mean activation: {shares['all']:.1f} % of all neurons, {shares[f'top{FIGURE_N}']:.0f} % "
+            f"of the top {FIGURE_N} before DPO, {shares[f'top{FIGURE_N}_after']:.0f} % after"
+        )
+    if theirs:
+        console.print(f"Yang et al., {theirs}: {paper.PERCENT_NEGATIVE[theirs]} % of all neurons (table 13)")
+
+
+def intervene(model, edit, where: slice) -> None:
+    """Inside a trace: the edit of each layer's neurons at the positions `where`."""
+    for layer, index, value in edit:
+        m = mlp_out(model, layer).input  # [batch, positions, d_mlp]
+        m[:, where, index] = edited(edit.kind, m[:, where, index], value)
+
+
+def generate(model, batch: dict, edit, where: slice):
     """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
+    with model.generate(batch, **greedy()) as tracer:
         for _ in tracer.iter[:NEW_TOKENS]:
-            for layer, index, value in edit:
-                neurons = mlp_out(model, layer).input  # [batch, positions, d_mlp]
-                neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
+            intervene(model, edit, where)
         ids = tracer.result.save()
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
+def negative_log_likelihood(model, batch: dict, edit, where: slice):
     """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    with model.trace(batch, remote=remote):
-        for layer, index, value in edit:
-            neurons = mlp_out(model, layer).input
-            neurons[:, where, index] = edited(edit.kind, neurons[:, where, index], value)
+    with model.trace(batch):
+        intervene(model, edit, where)
         losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
     return losses
 
 
-def negative(found: dict) -> dict[str, float]:
-    """Negative mean activations, in %: of all neurons before DPO, of the best aligned ones before and after it."""
-    order = found["cosine"].flatten().argsort(descending=True)[:FIGURE_N]
-    shares = {
-        "all": found["pre"],
-        f"top{FIGURE_N}": found["pre"].flatten()[order],
-        f"top{FIGURE_N}_after": found["post"].flatten()[order],
-    }
-    return {name: 100 * float((means < 0).double().mean()) for name, means in shares.items()}
-
-
-def write(run, found_of: dict[int, dict], judged_of: dict[int, list[dict]]) -> dict:
-    """The judged tokens of all seeds, the first seed's figure, and the record."""
-    from lib import paper, plots, results
-
-    name = run.options["model"]
-    theirs = paper.counterpart(name)
-    lines = [{"seed": seed, **row} for seed, rows in judged_of.items() for row in rows]
-    results.write_lines(run.work / "judged_tokens.jsonl", lines)
-    conditions = {"top256": "top256", "toxic_tokens": "toxic_neurons"}
-
-    def published(condition: str, kind: str) -> dict:
-        known = theirs and (condition in conditions and kind == "clamp" or condition in ("none", "dpo"))
-        if not known:
-            return {}
-        toxicity, log_ppl, f1 = paper.PATCHING[conditions.get(condition, condition)][theirs]
-        row = {"model": theirs, "toxicity": toxicity, "log_ppl": log_ppl, "f1": f1}
-        if condition in conditions:
-            share = paper.TOP_256[theirs] if condition == "top256" else paper.TOXIC_TOKEN_NEURONS[theirs][1]
-            row["percent_of_dpo"] = share
-        return {"published": row}
-
-    record = run.finish(
-        published,
-        judge=run.options["judge"],
-        judged_neurons=len(judged_of[run.seeds[0]]),
-        seeds=[
-            {
-                "seed": seed,
-                "toxic_token_neurons": sum(bool(row["toxic_tokens"]) for row in judged),
-                "percent_negative": negative(found_of[seed]),
-            }
-            for seed, judged in judged_of.items()
-        ],
-    )
-    first = found_of[run.seeds[0]]
-    order = first["cosine"].flatten().argsort(descending=True)[:FIGURE_N]
-    pre, post = (first[key].flatten()[order].numpy() for key in ("pre", "post"))
-    plots.top_activations(pre, post, run.work / "figures" / "top_activations.png")
-    plots.reduction_bars(record["rows"], run.work / "figures" / "share_of_dpo.png")
-    return record
-
-
-def report(run, record: dict, judged_of: dict[int, list[dict]]) -> None:
-    """Print the table, beside table 3, and a few of each seed's judged tokens."""
-    from lib import paper
-    from lib.metrics import mask
-
-    def before(console) -> None:
-        theirs = paper.counterpart(record["model"])
-        published = f" (Yang et al., {theirs}: {paper.TOXIC_TOKEN_NEURONS[theirs][0]} of 256)" if theirs else ""
-        for one in record["seeds"]:
-            judged, shares = judged_of[one["seed"]], one["percent_negative"]
-            toxic = [row for row in judged if row["toxic_tokens"]]
-            console.print(
-                f"Seed {one['seed']}: {len(toxic)} of the {len(judged)} best aligned neurons have a toxic token"
-                + published
-            )
-            for row in toxic[:5]:
-                shown = row["toxic_tokens"] if run.options["raw_text"] else map(mask, row["toxic_tokens"])
-                console.print(f"  {row['neuron']} (rank {row['rank']}): {' '.join(shown)}", markup=False)
-            console.print(
-                f"  negative mean activation: {shares['all']:.1f} % of all neurons, {shares[f'top{FIGURE_N}']:.0f} % "
-                f"of the top {FIGURE_N} before DPO, {shares[f'top{FIGURE_N}_after']:.0f} % after"
-            )
-        if theirs:
-            console.print(f"Yang et al., {theirs}: {paper.PERCENT_NEGATIVE[theirs]} % of all neurons (table 13)")
-
-    run.report(record, ("none", "dpo", "top256", "toxic_tokens"), before)
-
-
 if __name__ == "__main__":
-    main()
+    command()

@@ -26,153 +26,147 @@ runs/toxic_vectors/<model>/.
 
 import click
 
-from lib.cli import options
-from lib.observation import OPTIONS
+from lib.cli import LOOKING, check, options
 
+UNREAD = ("prompts", "limit", "batch-size-or-auto", "pairs", "post")  # only weights are looked at
 SHOWN = 7  # vectors of each kind on the screen: as many as Lee's table 1 has
 K = 3  # SVD directions
 DRAWS = 3  # times as many random vectors
-UNREAD = {"prompts": "embedded", "limit": 1, "batch-size-or-auto": 1, "pairs": "embedded", "post": None}
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*(name for name in OPTIONS if name not in UNREAD), "raw-text")
+@options(*(name for name in LOOKING if name not in UNREAD), "raw-text")
 @click.option("--top", type=click.IntRange(K), help="Value vectors.  [default: 128, or 512 with faithful]")
 @click.option("--judge", default="words", show_default=True, help="Scorer that says which tokens count: see --scorer.")
 @click.option("--concept-words", help="Words, or a file of them: their direction instead of the probe.")
+def command(**options):
+    main(**options)
+
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import save_file
+
+from lib import experiment, metrics, observation, paper, plots_neurons, results, tables, vectors
+from lib.dry_run import Plan
+
+
 def main(top, judge, concept_words, **options):
-    from lib import metrics, observation, vectors
-
-    words = vectors.read_words(concept_words, "--concept-words")
-    verdict = metrics.scorer(judge)
-    top = top or vectors.SPANNED[options["protocol"]][0]
-    given = {**options, **{name.removesuffix("-or-auto").replace("-", "_"): value for name, value in UNREAD.items()}}
+    words, scorer = vectors.read_words(concept_words, "--concept-words"), metrics.scorer(judge)
+    best_of_all, best_of_layer = vectors.SPANNED[options["protocol"]]
+    options |= {"judge": judge, "words": words, "prompts": "embedded", "limit": 1, "batch_size": 1}
     needs = () if words else ("probe",)
-    with observation.begin("toxic_vectors", {**given, "judge": judge, "words": words}, needs) as run:
-        found = [measure(run, seed, words, top, verdict) for seed in run.seeds]
-        record = write(run, found, words)
-    report(run, record, found[0]["listed"])
+
+    with experiment.begin("toxic_vectors", options, Plan(means=False), needs=needs) as inputs:
+        rows, lines, written = [], [], inputs.protocol.value_vectors == "written"
+        for run in inputs.runs(means=False):  # one for each seed
+            direction = vectors.concept(inputs.base, words, inputs.remote) if words else run.probe
+            cosine = inputs.cosines(direction)
+            best, worst = vectors.ranked(cosine, best_of_layer), vectors.ranked(-cosine, best_of_layer)
+            n = min(top or best_of_all, len(best))
+            generator = torch.Generator().manual_seed(run.seed)
+            drawn = torch.randperm(cosine.numel(), generator=generator)[: DRAWS * n]
+            places = torch.cat([best[:n], worst[:n], drawn])
+            unit = inputs.at_weights(vectors.unit_vectors, places, written)  # [n_places, d_model]
+            svd, shares = vectors.subspace(unit[:n], K)
+            kinds = {
+                "probe": direction.unit[None],
+                "svd": svd,
+                "best": unit[:n],
+                "worst, reversed": -unit[n : 2 * n],
+                "random": unit[2 * n :],
+                "random directions": torch.randn(DRAWS * n, svd.shape[1], generator=generator).double(),
+            }
+            nearest = {kind: nearest_tokens(inputs, of_kind, scorer) for kind, of_kind in kinds.items()}
+            row = {"seed": run.seed, "top": n, "counts": {kind: count(of_kind) for kind, of_kind in nearest.items()}}
+            cosines = [float(vector @ direction.unit) for vector in svd]
+            row["svd"] = [{"share": s, "cosine": c} for s, c in zip(shares.tolist(), cosines, strict=True)]
+            row["ranks_of_published"] = ranks_of_published(options["model"], best.tolist(), cosine.shape[1])
+            rows.append(row)
+            lines += listed(run.seed, nearest, cosine, {"best": best, "worst, reversed": worst})
+            if run.seed == inputs.seeds[0]:
+                tensors = {"direction": direction.direction.float(), "svd": svd.float().contiguous()}
+                save_file(tensors, inputs.work / "directions.safetensors")
+
+        first = [line for line in lines if line["seed"] == inputs.seeds[0]]
+        names = [line["neuron"] for line in first if line["kind"] == "best"]
+        (inputs.work / "neurons.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+        results.write_lines(inputs.work / "vectors.jsonl", lines)
+        plots_neurons.listed_vectors(rows, inputs.work / "figures" / "listed_vectors.png")
+        record = observation.write(inputs, rows, {}, judge=judge, concept_words=words, top=rows[0]["top"])
+    show(inputs, record, first)
 
 
-def measure(run, seed: int, words: list[str], top: int, verdict) -> dict:
-    """One seed's vectors with their tokens, and how many of each kind show a listed word."""
-    import torch
-
-    from lib import probes, vectors
-
-    written, file = run.protocol.value_vectors == "written", run.artifacts_of[seed][0]
-    width = run.base._module.config.hidden_size
-    probe = vectors.concept(run.base, words, run.remote) if words else probes.load_probe(file, width)
-    cosine = run.cosines(probe)
-    _, per_layer = vectors.SPANNED[run.options["protocol"]]
-    best, worst = vectors.ranked(cosine, per_layer), vectors.ranked(-cosine, per_layer)
-    top = min(top, len(best))
-    generator = torch.Generator().manual_seed(seed)
-    rows = run.at_weights(vectors.unit_vectors, best[:top], written)
-    directions, shares = vectors.subspace(rows, K)
-    kinds = {
-        "probe": probe.unit[None],
-        "svd": directions,
-        "best": rows,
-        "worst, reversed": -run.at_weights(vectors.unit_vectors, worst[:top], written),
-    }
-    drawn = torch.randperm(cosine.numel(), generator=generator)[: DRAWS * top]
-    kinds["random"] = run.at_weights(vectors.unit_vectors, drawn, written)
-    kinds["random directions"] = torch.randn(DRAWS * top, rows.shape[1], generator=generator).double()
-    listed, counts = [], {}
-    for kind, some in kinds.items():
-        lines = tokens_of(run, some, verdict)
-        counts[kind] = {"vectors": len(lines), "listed": sum(bool(line["found"]) for line in lines)}
-        places = {"best": best, "worst, reversed": worst}.get(kind)
-        for at, line in enumerate(lines if not kind.startswith("random") else []):
-            line |= {"seed": seed, "kind": kind, "rank": at + 1}
-            if places is not None:
-                layer, index = divmod(int(places[at]), cosine.shape[1])
-                line |= {"neuron": f"L{layer}.N{index}", "cosine": float(cosine[layer, index])}
-            listed.append(line)
-    order = {int(place): rank for rank, place in enumerate(best.tolist(), start=1)}
-    ranks = ranks_of_published(run.options["model"], order, cosine.shape[1])
-    row = {
-        "seed": seed,
-        "top": top,
-        "counts": counts,
-        "svd": [
-            {"share": float(share), "cosine": float(direction @ probe.unit)}
-            for direction, share in zip(directions, shares, strict=True)
-        ],
-        "ranks_of_published": ranks,
-    }
-    return {"row": row, "listed": listed, "direction": probe.direction, "directions": directions}
-
-
-def tokens_of(run, some, verdict) -> list[dict]:
-    """Nearest tokens of each of `some` `[n, d_model]`, by each lens, and those that the judge finds."""
-    from lib import vectors
-
-    found = vectors.lenses(run.base, some, run.protocol, remote=run.remote)
-    every = sorted({token for lists in found.values() for tokens in lists for token in tokens})
-    score = dict(zip(every, verdict(every).tolist(), strict=True))
+def nearest_tokens(inputs, directions: torch.Tensor, scorer) -> list[dict]:
+    """Nearest tokens of each direction `[n, d_model]`, by each lens, and those that the scorer finds."""
+    by_lens = vectors.lenses(inputs.base, directions, inputs.protocol, remote=inputs.remote)
+    every = sorted({token for lists in by_lens.values() for tokens in lists for token in tokens})
+    toxic = {token for token, score in zip(every, scorer(every).tolist(), strict=True) if score > 0.5}
     lines = []
-    for at in range(len(some)):
-        own = {name: lists[at] for name, lists in found.items()}
-        lines.append({"tokens": own, "found": sorted({t for tokens in own.values() for t in tokens if score[t] > 0.5})})
+    for at in range(len(directions)):
+        tokens = {lens: lists[at] for lens, lists in by_lens.items()}
+        lines.append({"tokens": tokens, "found": sorted(toxic.intersection(sum(tokens.values(), [])))})
     return lines
 
 
-def ranks_of_published(model: str, order: dict[int, int], d_mlp: int) -> dict[str, int | None]:
-    """Where Lee's vectors stand among ours; None: not among those that compete. Empty but for his own model."""
-    from lib import paper
+def count(lines: list[dict]) -> dict[str, int]:
+    """How many vectors there are, and how many of them show a listed word."""
+    return {"vectors": len(lines), "listed": sum(bool(line["found"]) for line in lines)}
 
+
+def listed(seed: int, nearest: dict[str, list[dict]], cosine: torch.Tensor, places: dict[str, torch.Tensor]) -> list:
+    """Lines of vectors.jsonl: what `nearest_tokens` found of each kind that is not random, with neurons and cosines.
+
+    cosine: of all value vectors, `[n_layers, d_mlp]`. places: in it, flattened, of each kind of value vectors.
+    """
+    lines = []
+    for kind in (kind for kind in nearest if not kind.startswith("random")):
+        for at, line in enumerate(nearest[kind]):
+            lines.append({**line, "seed": seed, "kind": kind, "rank": at + 1})
+            if kind in places:
+                layer, index = divmod(int(places[kind][at]), cosine.shape[1])
+                lines[-1] |= {"neuron": f"L{layer}.N{index}", "cosine": float(cosine[layer, index])}
+    return lines
+
+
+def ranks_of_published(model: str, best: list[int], d_mlp: int) -> dict[str, int | None]:
+    """Where Lee's vectors stand among ours; None: not among those that compete. Empty but for his own model.
+
+    best: places in a flattened `[n_layers, d_mlp]`, the best first.
+    """
     if model != "gpt2":
         return {}
-    return {f"L{layer}.N{index}": order.get(layer * d_mlp + index) for layer, index in paper.LEE_TOXIC_VECTORS}
+    ranks = {place: rank for rank, place in enumerate(best, start=1)}
+    return {f"L{layer}.N{index}": ranks.get(layer * d_mlp + index) for layer, index in paper.LEE_TOXIC_VECTORS}
 
 
-def write(run, found: list[dict], words: list[str]) -> dict:
-    """The record and the vectors' tokens of all seeds; neurons and directions of the first."""
-    from safetensors.torch import save_file
-
-    from lib import observation, plots, results
-
-    first = found[0]
-    results.write_lines(run.work / "vectors.jsonl", [line for one in found for line in one["listed"]])
-    best = [line["neuron"] for line in first["listed"] if line["kind"] == "best"]
-    (run.work / "neurons.txt").write_text("\n".join(best) + "\n", encoding="utf-8")
-    tensors = {"direction": first["direction"].float(), "svd": first["directions"].float().contiguous()}
-    save_file(tensors, run.work / "directions.safetensors")
-    plots.listed_vectors([one["row"] for one in found], run.work / "figures" / "listed_vectors.png")
-    more = {"judge": run.options["judge"], "concept_words": words, "top": first["row"]["top"]}
-    return observation.write(run, [one["row"] for one in found], {}, **more)
-
-
-def report(run, record: dict, listed: list[dict]) -> None:
-    """Print tokens, and how many vectors of each kind show a listed word."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from lib.metrics import mask
-    from lib.tables import wide_console
-
-    console, row = wide_console(), record["rows"][0]
-    lenses = list(listed[0]["tokens"])
-    view = Table(title=f"{record['model']}: nearest tokens", title_justify="left", box=box.SIMPLE_HEAD)
+def show(inputs, record: dict, lines: list[dict]) -> None:
+    """Print tokens, and how many vectors of each kind show a listed word. lines: of the first seed."""
+    console, row = tables.wide_console(), record["rows"][0]
+    lenses = list(lines[0]["tokens"])
+    table = Table(title=f"{record['model']}: nearest tokens", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("vector", "cosine", *lenses):
-        view.add_column(name, no_wrap=name != lenses[-1], overflow="ellipsis", max_width=48)
+        table.add_column(name, no_wrap=name != lenses[-1], overflow="ellipsis", max_width=48)
     for kind in ("probe", "svd", "best", "worst, reversed"):
-        for line in [line for line in listed if line["kind"] == kind][:SHOWN]:
-            svd = row["svd"][line["rank"] - 1]["cosine"] if kind == "svd" else 1.0
+        for line in [line for line in lines if line["kind"] == kind][:SHOWN]:
+            of_svd = row["svd"][line["rank"] - 1]["cosine"] if kind == "svd" else 1.0
             name = line.get("neuron", f"SVD[{line['rank'] - 1}]" if kind == "svd" else "probe")
             texts = [" ".join(" ".join(line["tokens"][lens]).split()) for lens in lenses]
-            shown = [Text(text if run.options["raw_text"] else mask(text)) for text in texts]
-            view.add_row(("-" if kind == "worst, reversed" else "") + name, f"{line.get('cosine', svd):.3f}", *shown)
-    console.print(view)
-    for kind, count in row["counts"].items():
-        console.print(f"{kind}: {count['listed']} of {count['vectors']} have a listed word among their nearest tokens")
+            shown = [Text(text if inputs.options["raw_text"] else metrics.mask(text)) for text in texts]
+            sign = "-" if kind == "worst, reversed" else ""
+            table.add_row(sign + name, f"{line.get('cosine', of_svd):.3f}", *shown)
+    console.print(table)
+    for kind, counts in row["counts"].items():
+        share = f"{counts['listed']} of {counts['vectors']}"
+        console.print(f"{kind}: {share} have a listed word among their nearest tokens")
     for name, rank in row["ranks_of_published"].items():
         console.print(f"{name} (Lee table 1): rank {rank or 'none'} here")
-    console.print(f"Record, tokens, neurons and directions: {run.out}", soft_wrap=True)
+    console.print(f"Record, tokens, neurons and directions: {inputs.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -13,11 +13,9 @@ Writes probe.safetensors (`direction` [d_model], `bias` [1]), features.safetenso
     python experiments/train_probe.py        # about a minute on two CPU cores; later runs reuse it
 """
 
-from pathlib import Path
-
 import click
 
-from lib.cli import REMOTE, options
+from lib.cli import REMOTE, check, options
 
 TEST_SHARE = 0.1  # Lee 3.1, Yang 3.2
 SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
@@ -27,146 +25,145 @@ SPLIT_SEED = 42  # of the papers' code; the sound protocol splits by --seed
 @options("model", "revision", "device", "dtype", "seed", "batch-size", "comments", "protocol", "raw-text")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder to write.  [default: the cache]")
 @options("overwrite", *REMOTE, "dry-run")
-def main(model, revision, device, dtype, seed, batch_size, comments, protocol, raw_text, out, overwrite, **options):
-    from lib import artifacts, chain, data, remote
-    from lib.models import MODELS, pick_device, pick_dtype, resolve
+def command(**options):
+    main(**options)
 
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from lib import artifacts, chain, checkpoints, data, dry_run, models, paper, probes, remote, results, tokens
+from lib.metrics import mask, profane_pattern
+from lib.plots_training import probe_scores
+from lib.protocol import PROTOCOLS
+from lib.vectors import nearest_tokens
+
+
+def main(out, overwrite, raw_text, **options):
     hosted = options["remote"] == "ndif"
-    device = "cpu" if hosted else pick_device(device)
-    loaded = data.comments(comments)
-    source, server = resolve(model, revision, weights=not hosted), remote.connect(options)
-    if hosted:
-        remote.report(server, MODELS.get(model, model))
-    else:
-        dtype = pick_dtype(dtype, device, [source])
-    code = [Path(artifacts.__file__).with_name(name) for name in ("probes.py", "tokens.py", "checkpoints.py")]
+    comments = data.comments(options["comments"])
+    source, server = chain.base_source(options), remote.connect(options)
+    device = "cpu" if hosted else models.pick_device(options["device"])
+    dtype = options["dtype"] if hosted else models.pick_dtype(options["dtype"], device, [source])
     settings = {
         "model": source.revision,
-        "comments": loaded.sha256,
-        "protocol": protocol,
-        "seed": seed,
+        "comments": comments.sha256,
+        "protocol": options["protocol"],
+        "seed": options["seed"],
         "device": device,
         "dtype": dtype,
         "remote": server.host if hosted else server,
-        "code": artifacts.code_version(__file__, *code),
+        "code": artifacts.code_version(__file__, probes.__file__, tokens.__file__, checkpoints.__file__),
         "versions": artifacts.versions("torch", "transformers", "nnsight", "scikit-learn", "peft"),
     }
-
+    if out:
+        artifacts.check_output(Path(out), overwrite)
     if options["dry_run"]:
-        from lib.rehearsal import rehearsed
-
         if not out and artifacts.is_whole(artifacts.folder_of("probe", settings)):
             click.echo("The cache holds this probe already; nothing would be run.")
             return
-        given = {**options, "model": model, "revision": revision, "device": device, "dtype": dtype, "limit": None}
-        with rehearsed({**given, "batch_size": batch_size}) as stand_in:
-            folder = Path(stand_in["out"])
-            folder.mkdir()
-            train(chain.base_source(stand_in), loaded, protocol, seed, device, dtype, batch_size, False, folder)
+        tokenizer, _ = chain.check_given(options, source, needs=())
+        dry_run.tell(options, source, passes(tokenizer, comments, options["protocol"], options["batch_size"]))
+    if hosted:
+        remote.report(server, models.MODELS.get(options["model"], options["model"]))
 
-    def build(folder: Path) -> None:
-        train(source, loaded, protocol, seed, device, dtype, batch_size, server, folder)
-
+    build = partial(
+        train, source=source, comments=comments, settings=settings, batch_size=options["batch_size"], server=server
+    )
     if out:
-        with artifacts.output(Path(out), settings, overwrite) as folder:
-            build(folder)
         folder = Path(out)
+        with artifacts.output(folder, settings, overwrite) as work:
+            build(work)
     else:
         folder = artifacts.make("probe", settings, build)
-    report(folder, model, raw_text)
+    show(folder, options["model"], raw_text)
     click.echo(folder)
 
 
-def train(source, comments, protocol: str, seed: int, device: str, dtype: str, batch_size: int, server, folder) -> None:
+def passes(tokenizer, comments: data.Dataset, protocol: str, batch_size: int) -> list[dry_run.Pass]:
+    """The forward passes of `lib.probes.mean_residuals`, which stops before the head."""
+    texts = sorted((text for text, _ in comments.items), key=len)
+    rows = tokens.encode(tokenizer, texts, probes.TEXT_LENGTH)
+    if PROTOCOLS[protocol].probe_features == "padded":
+        rows = [[0] * probes.PADDED_LENGTH] * len(rows)
+    return [(through_layers, 0) for through_layers, _ in dry_run.reading(rows, batch_size)]
+
+
+def train(folder: Path, *, source, comments: data.Dataset, settings: dict, batch_size: int, server) -> None:
     """Features in traces, the fit, and its measures on held-out comments, written to `folder`."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
-    from sklearn.model_selection import train_test_split
+    from sklearn import metrics, model_selection  # a second that a probe in the cache does not need
 
-    from lib import plots, probes, vectors
-    from lib.metrics import profane_pattern
-    from lib.models import load
-    from lib.protocol import PROTOCOLS
-    from lib.remote import Server
-    from lib.results import provenance, write_json
-
-    model = load(source, device, dtype, hosted=isinstance(server, Server))
-    texts, labels = zip(*comments.items, strict=True)
-    labels = np.array(labels)
-    features = probes.mean_residuals(model, list(texts), batch_size, PROTOCOLS[protocol].probe_features, server)
-    n_test = max(2, round(TEST_SHARE * len(texts)))  # at least one comment of each class
-    fitted, held_out = train_test_split(
+    seed, device, dtype = settings["seed"], settings["device"], settings["dtype"]
+    faithful = settings["protocol"] == "faithful"
+    model = models.load(source, device, dtype, hosted=isinstance(server, remote.Server))
+    texts, labels = [text for text, _ in comments.items], np.array([label for _, label in comments.items])
+    over = PROTOCOLS[settings["protocol"]].probe_features
+    features = probes.mean_residuals(model, texts, batch_size, over, server)
+    fitted, held_out = model_selection.train_test_split(
         np.arange(len(texts)),
-        test_size=n_test,
+        test_size=max(2, round(TEST_SHARE * len(texts))),  # at least one comment of each class
         stratify=labels,
-        random_state=SPLIT_SEED if protocol == "faithful" else seed,
+        random_state=SPLIT_SEED if faithful else seed,
     )
-    probe = probes.fit(features[fitted], labels[fitted], seed, 1.0 if protocol == "faithful" else None)
-    logits = probes.scores(probe, features[held_out])
-    truth = labels[held_out]
-    profane = profane_pattern()
-    clean = np.array([profane.search(texts[i]) is None for i in held_out])
+    probe = probes.fit(features[fitted], labels[fitted], seed, inverse_l2=1.0 if faithful else None)
+
+    logits, truth = probes.scores(probe, features[held_out]), labels[held_out]
+    profane = np.array([profane_pattern().search(texts[i]) is not None for i in held_out])
+    clean, clean_truth = logits[~profane], truth[~profane]
     measured = {
-        "accuracy": accuracy_score(truth, logits > 0),
-        "balanced_accuracy": balanced_accuracy_score(truth, logits > 0),
-        "auroc": roc_auc_score(truth, logits),
-        "auroc_without_profane_words": roc_auc_score(truth[clean], logits[clean]) if truth[clean].any() else None,
-        "auroc_of_word_list": roc_auc_score(truth, ~clean),
+        "accuracy": metrics.accuracy_score(truth, logits > 0),
+        "balanced_accuracy": metrics.balanced_accuracy_score(truth, logits > 0),
+        "auroc": metrics.roc_auc_score(truth, logits),
+        "auroc_without_profane_words": metrics.roc_auc_score(clean_truth, clean) if clean_truth.any() else None,
+        "auroc_of_word_list": metrics.roc_auc_score(truth, profane),
         "majority_rate": max(truth.mean(), 1 - truth.mean()),
         "train": len(fitted),
         "test": len(held_out),
     }
-    plots.probe_scores(logits, truth, ~clean, folder / "figures" / "probe_scores.png")
+    probe_scores(logits, truth, profane, folder / "figures" / "probe_scores.png")
     probe.save(folder / "probe.safetensors")
-    save_file(
-        {"features": torch.tensor(features), "labels": torch.tensor(labels), "held_out": torch.tensor(held_out)},
-        folder / "features.safetensors",
-    )
-    write_json(
-        folder / "run.json",
-        {
-            "script": "train_probe",
-            "model": source.name,
-            "params": {"protocol": protocol, "seed": seed},
-            "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
-            "top_tokens": vectors.nearest_tokens(model, probe.direction[None], remote=server)[0],
-            "provenance": provenance(
-                model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
-            ),
-        },
-    )
+    tensors = {"features": features, "labels": labels, "held_out": held_out}
+    save_file({name: torch.tensor(array) for name, array in tensors.items()}, folder / "features.safetensors")
+    record = {
+        "script": "train_probe",
+        "model": source.name,
+        "params": {"protocol": settings["protocol"], "seed": seed},
+        "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
+        "top_tokens": nearest_tokens(model, probe.direction[None], remote=server)[0],
+        "provenance": results.provenance(
+            model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device
+        ),
+    }
+    results.write_json(folder / "run.json", record)
 
 
-def report(folder: Path, model: str, raw_text: bool) -> None:
+def show(folder: Path, model: str, raw_text: bool) -> None:
     """Print the measures beside Yang table 11."""
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from lib import paper
-    from lib.metrics import mask
-
     record = json.loads((folder / "run.json").read_text())
     row = record["rows"][0]
-    published, clean = paper.PROBE_ACCURACY.get(model), row["auroc_without_profane_words"]
-    table = Table(
-        title=f"Toxicity probe of {model}, {row['test']:.0f} held-out comments", title_justify="left", box=None
-    )
+    title = f"Toxicity probe of {model}, {row['test']:.0f} held-out comments"
+    table = Table(title=title, title_justify="left", box=None)
     table.add_row("accuracy", f"{row['accuracy']:.3f}", f"the larger class alone: {row['majority_rate']:.2f}")
-    if published:
+    if published := paper.PROBE_ACCURACY.get(model):
         table.add_row("", f"{published:.3f}", "Yang table 11, on Jigsaw")
     table.add_row("balanced accuracy", f"{row['balanced_accuracy']:.3f}")
     table.add_row("AUROC", f"{row['auroc']:.3f}", f"of a profane-word list: {row['auroc_of_word_list']:.3f}")
-    if clean is not None:
+    if (clean := row["auroc_without_profane_words"]) is not None:
         table.add_row("", f"{clean:.3f}", "on the comments without a listed word")
     console = Console(stderr=True)
     console.print(table)
-    tokens = [token.strip() for token in record["top_tokens"]]
-    console.print("Top tokens:", ", ".join(tokens if raw_text else map(mask, tokens)), markup=False)
+    top_tokens = [token.strip() for token in record["top_tokens"]]
+    console.print("Top tokens:", ", ".join(top_tokens if raw_text else map(mask, top_tokens)), markup=False)
 
 
 if __name__ == "__main__":
-    main()
+    command()

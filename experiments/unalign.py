@@ -22,66 +22,82 @@ Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post)
     python experiments/unalign.py --top 7,64,512 --factor 10,100
 """
 
-from dataclasses import dataclass
-
 import click
 
-from lib.cli import CAUSAL, numbers, options
-from lib.families import key, mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
-
-KINDS = ("keys", "keys and bias", "values")
-
-
-def _counts(context, parameter, value):
-    found = numbers(context, parameter, value)
-    if not all(count >= 1 and count == int(count) for count in found):
-        raise click.BadParameter(f"{value} given, expected numbers of neurons such as 7,64.")
-    return [int(count) for count in found]
-
-
-@dataclass(frozen=True)
-class KeyScaling:
-    """Multiply keys or activations of neurons by one factor."""
-
-    kind: str  # one of KINDS
-    layers: tuple  # (layer, index [n]) pairs
-    factor: float
-
-    @property
-    def n_neurons(self) -> int:
-        """How many neurons are scaled."""
-        return sum(len(index) for _, index in self.layers)
+from lib.cli import CAUSAL, check, counts, numbers, options
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options(*(name for name in CAUSAL if name != "holdout"))  # no edit here depends on a mean
-@click.option("--top", default="7", show_default=True, callback=_counts, help="How many neurons; several for a sweep.")
+@click.option("--top", default="7", show_default=True, callback=counts, help="How many neurons; several for a sweep.")
 @click.option("--factor", default="10", show_default=True, callback=numbers, help="Factors; several for a sweep.")
-def main(top, factor, **options):
-    from lib import controls, experiment, neurons
+def command(**options):
+    main(**options)
 
-    with experiment.begin("unalign", {**options, "top": top, "factor": factor, "holdout": False}) as run:
-        kinds = [kind for kind in KINDS if kind != "keys and bias" or has_bias(run.base._module)]
-        norms = run.at_weights(controls.value_norms)
-        for stage in run.stages():
-            cosine = run.cosines(stage.probe)
-            edits = {}
-            for count in top:
-                mask = neurons.top(cosine, count)
-                for kind in kinds:
-                    for value in factor:
-                        edits[stage.condition(label(count, value), kind)] = scaling(kind, mask, value)
-            features = [norms, stage.post_means.activation.abs()]
-            edits |= controlled(run, stage, neurons.top(cosine, top[0]), top[0], factor[0], features)
-            post = (stage.post, run.artifacts_of[stage.seed][1])
-            run.measure(stage, edits, generate, negative_log_likelihood, on=post)
+
+check(command, __name__)  # --help and wrong options end here, before torch is imported
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lib import chain, controls, experiment, neurons, paper, plots, tables
+from lib.controls import Control
+from lib.dry_run import Plan, Planned, directions, for_each_seed, n_draws
+from lib.families import key, mlp_out
+from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.interventions import Edit, scaled_by
+from lib.table import Table
+
+KINDS = ("keys", "keys and bias", "values")
+
+
+def main(top, factor, **options):
+    plan = Plan(plan_conditions(options, top, factor))
+    options |= {"top": top, "factor": factor}
+    tested = label(top[0], factor[0])
+
+    with experiment.begin("unalign", options, plan) as inputs:
+        table = Table(inputs, generate, negative_log_likelihood)
+        table.add("none")
+        norms = inputs.at_weights(controls.value_norms)
+        for run in inputs.runs():  # one for each seed
+            post = {"model": run.post, "source": run.post_source}
+            table.add("dpo", run=run, **post)
+            cosine = inputs.cosines(run.probe)
+            for count, kind, value in product(top, kinds_of(inputs.base), factor):
+                edit = scaled_by(kind, neurons.top(cosine, count), value)
+                table.add(label(count, value), kind, edit, run=run, **post)
+            mask = neurons.top(cosine, top[0])
             if options["controls"] != "none":
-                in_base = stage.condition("control:in_base_model", "keys", label(top[0], factor[0]))
-                edit = scaling("keys", neurons.top(cosine, top[0]), factor[0])
-                run.measure(stage, {in_base: edit}, generate, negative_log_likelihood)
-        record = write(run)
-    run.report(record, ("none", "dpo", label(top[0], factor[0])), lambda console: report(console, record))
+                factor_1 = scaled_by("keys", mask, 1.0)
+                table.add_control(Control("factor_1"), "keys", factor_1, run=run, control_of=tested, **post)
+            for control, other in other_keys(inputs, run, mask, [norms, run.post_means.activation.abs()]):
+                edit = scaled_by("keys", other, factor[0])
+                table.add_control(control, "keys", edit, run=run, control_of=tested, **post)
+            if options["controls"] != "none":
+                edit = scaled_by("keys", mask, factor[0])
+                table.add_control(Control("in_base_model"), "keys", edit, run=run, control_of=tested)
+            table.measure()
+
+        record = table.save(published)
+        shares = [(row, restored(row)) for row in record["rows"]]
+        plots.restored(shares, inputs.work / "figures" / "restored.png")
+    show_restored(record)
+    table.show(record, ("none", "dpo", tested))
+
+
+def plan_conditions(options: dict, top: list[int], factor: list[float]) -> Iterator[list[Planned]]:
+    """What `main` will measure with each seed. A generator: --dry-run alone reads it, after the model was checked."""
+    config = AutoConfig.from_pretrained(chain.base_source(options).path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    drawn = ["random", "random_in_layer", "matched", *directions(options)] * n_draws(options)
+    names = ["factor_1", *drawn, "in_base_model"] if options["controls"] != "none" else []
+    edits = kinds_of(model) * len(top) * len(factor)
+    yield from for_each_seed(options, edits, [Planned("keys", control=True)] * len(names))
 
 
 def label(count: int, factor: float) -> str:
@@ -89,94 +105,27 @@ def label(count: int, factor: float) -> str:
     return f"unalign k={count} x{factor:g}"
 
 
-def has_bias(module) -> bool:
-    """Whether the family's key map has a bias."""
-    from lib.families import FAMILIES, reach
-
-    kind = FAMILIES[module.config.model_type]
-    return reach(reach(module, kind.layers)[0], kind.key).bias is not None
+def kinds_of(model) -> list[str]:
+    """The kinds of scaling that differ: where the key map has no bias, none can be scaled along."""
+    return [kind for kind in KINDS if kind != "keys and bias" or key(model, 0).bias is not None]
 
 
-def scaling(kind: str, mask, factor: float) -> KeyScaling:
-    """The edit of the masked neurons, `[n_layers, d_mlp]` bool."""
-    indices = [row.nonzero()[:, 0] for row in mask]
-    return KeyScaling(kind, tuple((layer, index) for layer, index in enumerate(indices) if len(index)), factor)
+def other_keys(inputs, run, mask, features: list) -> Iterator[tuple[Control, torch.Tensor]]:
+    """(control, mask of its neurons): other neurons in the place of the best aligned, or other directions' neurons.
+
+    mask and features `[n_layers, d_mlp]`; the features are what `matched` holds alike.
+    """
+    for draw in inputs.draws(run):
+        generator = torch.Generator().manual_seed(controls.hash_seed(run.seed, draw))
+        for name, other in controls.other_neurons(mask, features, generator):
+            yield Control(name, draw), other
+    for control in inputs.other_directions(run):
+        yield control, neurons.top(inputs.cosines(control.direction), int(mask.sum()))
 
 
-def controlled(run, stage, mask, count: int, factor: float, features: list) -> dict:
-    """The controls of the first edit: other neurons' keys, other directions' neurons, and factor 1."""
-    import torch
-
-    from lib import controls, neurons
-
-    if run.options["controls"] == "none":
-        return {}
-
-    def condition(control: str, draw: int = 0):
-        return stage.condition(f"control:{control}", "keys", label(count, factor), draw)
-
-    edits = {condition("factor_1"): scaling("keys", mask, 1.0)}
-    for draw in run.draws(stage):
-        generator = torch.Generator().manual_seed(controls.hash_seed(stage.seed, draw))
-        for name, other in (
-            ("random", controls.random_mask(mask, generator)),
-            ("random_in_layer", controls.random_in_layer(mask, generator)),
-            ("matched", controls.matched(mask, features, generator)),
-        ):
-            edits[condition(name, draw)] = scaling("keys", other, factor)
-    for name, draw, probe in run.other_directions(stage):
-        edits[condition(name, draw)] = scaling("keys", neurons.top(run.cosines(probe), count), factor)
-    return edits
-
-
-def scaled(kind: str, h, factor: float, bias):
-    """Pre-activations (or, for `values`, activations) of the scaled neurons. h `[batch, positions, n]`, bias `[n]`."""
-    return factor * (h - bias) + bias if kind == "keys" and bias is not None else factor * h
-
-
-def generate(model, batch: dict, edit, where: slice, remote=False):
-    """Greedy new tokens `[batch, NEW_TOKENS]`; scaled weights act at every position, whatever `where` says."""
-    with model.generate(batch, remote=remote, **greedy()) as tracer:
-        for _ in tracer.iter[:NEW_TOKENS]:
-            for layer, index in getattr(edit, "layers", ()):
-                if edit.kind == "values":
-                    m = mlp_out(model, layer).input  # [batch, positions, d_mlp], after the activation function
-                    m[..., index] = scaled(edit.kind, m[..., index], edit.factor, None)
-                else:
-                    keys = key(model, layer)
-                    h = keys.output  # [batch, positions, d_mlp], before the activation function
-                    bias = None if keys.bias is None else keys.bias[index]
-                    h[..., index] = scaled(edit.kind, h[..., index], edit.factor, bias)
-        ids = tracer.result.save()
-    return ids[:, batch["input_ids"].shape[1] :]
-
-
-def negative_log_likelihood(model, batch: dict, edit, where: slice, remote=False):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
-    with model.trace(batch, remote=remote):
-        for layer, index in getattr(edit, "layers", ()):
-            if edit.kind == "values":
-                m = mlp_out(model, layer).input
-                m[..., index] = scaled(edit.kind, m[..., index], edit.factor, None)
-            else:
-                keys = key(model, layer)
-                h = keys.output
-                bias = None if keys.bias is None else keys.bias[index]
-                h[..., index] = scaled(edit.kind, h[..., index], edit.factor, bias)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
-    return losses
-
-
-def write(run) -> dict:
-    """The record and the figure."""
-    from lib import paper, plots
-
-    def published(condition: str, kind: str) -> dict:
-        return paper.lee("unalign" if condition == "unalign k=7 x10" and kind == "keys" else condition)
-
-    record = run.finish(published)
-    plots.restored([(row, restored(row)) for row in record["rows"]], run.work / "figures" / "restored.png")
-    return record
+def published(condition: str, kind: str) -> dict:
+    """Lee table 4 for the condition that is theirs."""
+    return paper.lee("unalign" if condition == "unalign k=7 x10" and kind == "keys" else condition)
 
 
 def restored(row: dict) -> dict | None:
@@ -188,16 +137,55 @@ def restored(row: dict) -> dict | None:
     return {"mean": 100 - share["mean"], "low": 100 - share["high"], "high": 100 - share["low"]}
 
 
-def report(console, record: dict) -> None:
+def show_restored(record: dict) -> None:
     """Print how much of what DPO cut comes back."""
-    from lib.tables import with_interval
-
+    console = tables.wide_console()
     for row in record["rows"]:
-        if (back := restored(row)) and not row["of"]:
-            console.print(
-                f"{row['condition']}, {row['kind']}: {with_interval(back, 0)} % of DPO's cut come back", markup=False
-            )
+        if (share := restored(row)) and not row["of"]:
+            back = tables.with_interval(share, 0)
+            console.print(f"{row['condition']}, {row['kind']}: {back} % of DPO's cut come back", markup=False)
+
+
+def scaled(kind: str, h, factor, bias):
+    """Pre-activations (or, for `values`, activations) of the scaled neurons, in the dtype of h.
+
+    h `[batch, positions, n]`; factor `[n]` float32; bias `[n]`, or None.
+    """
+    factor = factor.to(h.device)
+    if kind == "keys" and bias is not None:
+        return (factor * (h - bias)).to(h) + bias
+    return (factor * h).to(h)
+
+
+def intervene(model, edit: Edit, where: slice) -> None:
+    """Inside a trace: each layer's keys or activations scaled, at every position: weights know no `where`."""
+    for layer, index, factor in edit:
+        if edit.kind == "values":
+            m = mlp_out(model, layer).input  # [batch, positions, d_mlp], after the activation function
+            m[..., index] = scaled(edit.kind, m[..., index], factor, None)
+        else:
+            keys = key(model, layer)
+            h = keys.output  # [batch, positions, d_mlp], before the activation function
+            bias = None if keys.bias is None else keys.bias[index]
+            h[..., index] = scaled(edit.kind, h[..., index], factor, bias)
+
+
+def generate(model, batch: dict, edit, where: slice):
+    """Greedy new tokens `[batch, NEW_TOKENS]` with the edit in force at every step."""
+    with model.generate(batch, **greedy()) as tracer:
+        for _ in tracer.iter[:NEW_TOKENS]:
+            intervene(model, edit, where)
+        ids = tracer.result.save()
+    return ids[:, batch["input_ids"].shape[1] :]
+
+
+def negative_log_likelihood(model, batch: dict, edit, where: slice):
+    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+    with model.trace(batch):
+        intervene(model, edit, where)
+        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+    return losses
 
 
 if __name__ == "__main__":
-    main()
+    command()

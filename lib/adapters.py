@@ -3,6 +3,9 @@
 import re
 import warnings
 
+from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
+
 from lib.errors import UserError, brief
 from lib.families import reach
 
@@ -41,23 +44,26 @@ def adapted(base, source):
     return model
 
 
+def read_peft(folder: str, given: str):
+    """The configuration and the weights of an adapter in PEFT's format. Raises UserError, about what was `given`."""
+    import peft  # a second or two that runs without an adapter do not need
+
+    try:
+        return peft.PeftConfig.from_pretrained(folder), peft.load_peft_weights(folder, device="cpu")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{given}: not a readable adapter in PEFT's format ({brief(error)}).") from error
+
+
 def read_lora(base, source) -> dict:
     """{path of a linear map: (A `[r, in]`, scale * B `[out, r]`)} of a LoRA checkpoint in PEFT's format.
 
     Raises:
         UserError: unreadable, another kind of adapter, or one of another model's shape.
     """
-    import peft
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from safetensors import SafetensorError
-    from transformers.pytorch_utils import Conv1D
+    from peft.tuners.tuners_utils import check_target_module_exists  # see `read_peft`
 
     given = f"--post {source.name}"
-    try:
-        config = peft.PeftConfig.from_pretrained(source.adapter)
-        weights = peft.load_peft_weights(source.adapter, device="cpu")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{given}: not a readable adapter in PEFT's format ({brief(error)}).") from error
+    config, weights = read_peft(source.adapter, given)
     plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights)
     extra = [name for name in NOT_PLAIN if getattr(config, name, None)]
     if getattr(config, "init_lora_weights", True) not in LEAVES_BASE:

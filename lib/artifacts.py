@@ -16,25 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+from filelock import FileLock, Timeout
 
 from lib.errors import UserError, brief
 
 MANIFEST = "artifact.json"
 WRITTEN = ".written.json"  # which files `output` put into a folder
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # A finished or unfinished folder's record, and entries that it has: of a script, of `python -m dpo`, of either.
 RECORDS = {"run.json": {"script", "provenance"}, "training.json": {"config", "best_step"}, "settings.json": {"code"}}
 OWN_KINDS = {".json", ".jsonl", ".safetensors", ".png", ".jinja", ".model", ".request", ".new"}
-OWN_NAMES = {
-    "conditions",
-    "figures",
-    "best",
-    "best.new",
-    "state",
-    "state.new",
-    "state.old",
-    "neurons.txt",
-    "README.md",
-}
+OWN_NAMES = {"conditions", "figures", "best", "best.new", "state", "state.new", "state.old", "neurons.txt", "README.md"}
 
 
 def cache_root() -> Path:
@@ -104,35 +97,31 @@ def make(kind: str, fields: dict, build: Callable[[Path], None], needs_bytes: in
     Raises:
         UserError: not enough space, or a folder that cannot be written.
     """
-    from filelock import FileLock
-
     folder = folder_of(kind, fields)
     if is_whole(folder):
         return folder
     in_cache(kind)
-    with writing(folder):
-        with FileLock(f"{folder}.lock"):
-            if is_whole(folder):
-                return folder
-            if folder.exists():
-                click.echo(f"Warning: the cached {kind} in {folder} is damaged and is made again.", err=True)
-                shutil.rmtree(folder)
-            check_free(
-                folder.parent, needs_bytes, f"the cache {cache_root()}", kind, "set DPO_NEURONS_CACHE to a larger disk"
-            )
-            work = folder.with_name(folder.name + ".partial")
+    with writing(folder), FileLock(f"{folder}.lock"):
+        if is_whole(folder):
+            return folder
+        if folder.exists():
+            click.echo(f"Warning: the cached {kind} in {folder} is damaged and is made again.", err=True)
+            shutil.rmtree(folder)
+        larger = "set DPO_NEURONS_CACHE to a larger disk"
+        check_free(folder.parent, needs_bytes, f"the cache {cache_root()}", kind, larger)
+        work = folder.with_name(folder.name + ".partial")
+        if not resumable:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        try:
+            build(work)
+        except BaseException:
             if not resumable:
                 shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(exist_ok=True)
-            try:
-                build(work)
-            except BaseException:
-                if not resumable:
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            sizes = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
-            (work / MANIFEST).write_text(json.dumps({"fields": fields, "sizes": sizes}, indent=1, sort_keys=True))
-            work.rename(folder)
+            raise
+        sizes = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+        (work / MANIFEST).write_text(json.dumps({"fields": fields, "sizes": sizes}, indent=1, sort_keys=True))
+        work.rename(folder)
     return folder
 
 
@@ -164,20 +153,19 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def resolved(path: Path) -> Path:
     """Where `--out` leads. Raises UserError: nowhere, or to the root of all."""
     try:
-        found = path.resolve()
+        place = path.resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out {path}: {brief(error)}; choose another place.") from error
-    if not found.name:
+    if not place.name:
         raise UserError(f"--out {path}: is the root of all folders; choose another place.")
-    return found
+    return place
 
 
 def check_place(path: Path) -> None:
     """Raise UserError unless a file or folder can be made there."""
     parent = next(parent for parent in path.parents if parent.exists())
     try:  # to ask is not enough: permissions do not tell of read-only and virtual file systems
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".dpo-neurons-"):
-            pass
+        tempfile.TemporaryDirectory(dir=parent, prefix=".dpo-neurons-").cleanup()
     except OSError as error:
         raise UserError(
             f"--out {path}: {parent} cannot be written ({error.strerror}); choose another place."
@@ -207,10 +195,10 @@ def files_of(folder: Path) -> list[str]:
 def read_object(path: Path) -> dict:
     """The object that a JSON file holds; an empty one where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
@@ -224,8 +212,6 @@ def output(folder: Path, settings: dict, overwrite: bool, needs_bytes: int = 0) 
         UserError: `folder` exists, holds another run's unfinished work, or is being written by another process
             (nothing is changed then).
     """
-    from filelock import FileLock, Timeout
-
     folder = resolved(folder)
     check_output(folder, overwrite)
     parent = next(parent for parent in folder.parents if parent.exists())
@@ -275,24 +261,17 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-class writing:
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
     """Context: a full disk or an unwritable folder becomes a UserError that names the place."""
-
-    FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    SHUT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-
-    def __init__(self, place: Path):
-        self.place = place
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
         # safetensors reports a failed write as its own exception, with the system's words in it
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in self.FULL or "No space left" in text:
-            raise UserError(f"{self.place}: no space left on the disk; free some, or choose another place.") from error
-        if isinstance(error, OSError) and error.errno in self.SHUT:
-            where = error.filename or self.place
+        if number in DISK_FULL or "No space left" in str(error):
+            raise UserError(f"{place}: no space left on the disk; free some, or choose another place.") from error
+        if number in NOT_WRITABLE:
+            where = error.filename or place
             raise UserError(f"{where}: cannot be written ({error.strerror}); choose another place.") from error
-        return False
+        raise

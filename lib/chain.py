@@ -1,7 +1,7 @@
-"""What the experiments stand on: the texts, the probe and the model after DPO, from the shared options.
+"""What the experiments stand on: the probe and the model after DPO, from the shared options.
 
 Each artifact is made by its own command when it is missing (`experiments/train_probe.py`, `python -m dpo`) and found in
-the cache afterwards.
+the cache afterwards. `commands` names those commands.
 """
 
 import signal
@@ -11,46 +11,67 @@ from pathlib import Path
 
 import click
 
-from lib import data
+from lib import checkpoints, data, neurons, probes
 from lib.artifacts import file_sha256
 from lib.cli import default_data, default_limit
 from lib.errors import UserError
-from lib.models import Source, resolve
+from lib.families import Shape, shape_of
+from lib.models import Source, on_hub, resolve
 from lib.protocol import PROTOCOLS, Protocol
+from lib.tokens import check_vocabulary
 
 
-def texts(options: dict, needs: tuple[str, ...] = ("probe", "post")) -> tuple[data.Dataset, data.Dataset]:
-    """Prompts and passages by --prompts, --passages and --limit (a third as many passages as prompts).
+def prompts(options: dict) -> data.Dataset:
+    """Prompts by --prompts and --limit."""
+    name = options["model"]
+    return data.prompts(default_data(name, options["prompts"])).first(default_limit(name, options["limit"]))
 
-    Pairs and comments that will be needed are read too, so that a fault in them is told now and not after minutes.
-    """
+
+def passages(options: dict) -> data.Dataset:
+    """Passages by --passages, a third as many as prompts."""
     name = options["model"]
     limit = default_limit(name, options["limit"])
-    prompts = data.prompts(default_data(name, options["prompts"])).first(limit)
-    passages = data.passages(default_data(name, options["passages"])).first(limit and (limit + 2) // 3)
+    return data.passages(default_data(name, options["passages"])).first(limit and (limit + 2) // 3)
+
+
+def check_data(options: dict, needs: tuple[str, ...]) -> None:
+    """Read pairs and comments that will be needed, so that a fault in them is told now and not after minutes."""
     if "post" in needs and not options["post"]:
         data.pairs(options["pairs"])
     if "probe" in needs and not options["probe"]:
         data.comments(options["comments"])
-    return prompts, passages
 
 
 def base_source(options: dict) -> Source:
-    """The base model by --model and --revision, or what stands for it in a dry run."""
-    if rehearsal := options.get("rehearsal"):
-        return rehearsal.source
-    return resolve(options["model"], options["revision"], weights=options["remote"] != "ndif")
+    """The base model by --model and --revision."""
+    return resolve(options["model"], options["revision"], weights=needs_weights(options))
+
+
+def needs_weights(options: dict) -> bool:
+    """Whether the base model's weights have to be on this machine."""
+    name = options["model"]
+    fetched = on_hub(name) and not Path(name).is_dir()
+    return options["remote"] != "ndif" and not (fetched and options["dry_run"])
+
+
+def commands(options: dict, seeds: list[int], needs: tuple[str, ...], more: list[list[str]]) -> list[str]:
+    """What a run begins with where the cache lacks it; more: arguments of `python -m dpo`, of each further model."""
+    lines = []
+    for seed in seeds:
+        common = f"--model {options['model']} --seed {seed}"
+        if "probe" in needs and not options["probe"]:
+            lines.append(f"python experiments/train_probe.py {common}")
+        if "post" in needs:
+            trained = [[], *more] if not options["post"] else more
+            lines += [" ".join([f"python -m dpo {common}", *arguments]) for arguments in trained]
+    return lines
 
 
 def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
     """--probe, or the file that train_probe.py makes for a seed."""
     if options["probe"]:
-        given = given_probe(options)
-    if rehearsal := options.get("rehearsal"):
-        return rehearsal.probe(seed)
-    if options["probe"]:
-        return given
-    features = next(name for name, one in PROTOCOLS.items() if one.probe_features == protocol.probe_features)
+        return given_probe(options)
+    features = next(name for name, known in PROTOCOLS.items() if known.probe_features == protocol.probe_features)
     chosen = ["--comments", options["comments"], "--protocol", features, "--seed", str(seed)]
     return trained_probe(*_common(options), *_remotely(options), *chosen)
 
@@ -77,8 +98,6 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
     """
     hosted = options["remote"] == "ndif"
     kind, _, rest = (options["post"] or "").partition(":")
-    if kind != "means" and (rehearsal := options.get("rehearsal")):
-        return rehearsal.post(seed, *more)
     if kind == "means":
         return None
     if kind == "lora" and not (Path(rest) / "adapter_config.json").is_file():
@@ -93,10 +112,8 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
     return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed), *more)))
 
 
-def given_means(options: dict, shape):
+def given_means(options: dict, shape: Shape) -> neurons.Means | None:
     """Mean activations after DPO of --post means:FILE (see `lib.neurons.load_activations`), else None."""
-    from lib import neurons
-
     kind, _, file = (options["post"] or "").partition(":")
     return neurons.load_activations(file, (shape.n_layers, shape.d_mlp)) if kind == "means" else None
 
@@ -106,18 +123,14 @@ def check_given(options: dict, source: Source, needs: tuple[str, ...]):
 
     Returns: the base model's tokenizer and its shape (`lib.families.Shape`). Raises UserError.
     """
-    from lib import checkpoints, probes
-    from lib.families import shape_of
-    from lib.tokens import check_vocabulary
-
-    hosted, rehearsed = options["remote"] == "ndif", "rehearsal" in options
+    hosted = options["remote"] == "ndif"
     tokenizer, shape = checkpoints.read_tokenizer(source), shape_of(Path(source.path), source.name)
     check_vocabulary(tokenizer, shape.vocabulary, source.name)
-    if not hosted:
+    if needs_weights(options):
         checkpoints.check(source)
-    if "probe" in needs and options["probe"] and not rehearsed:
+    if "probe" in needs and options["probe"]:
         probes.load_probe(given_probe(options), shape.d_model)
-    if "post" in needs and options["post"] and not rehearsed:
+    if "post" in needs and options["post"]:
         given_means(options, shape)
         post = post_source(options, 0)
         if post and not hosted:
@@ -165,21 +178,33 @@ def run(*command: str) -> Path:
     return Path(said.strip().splitlines()[-1])
 
 
-def settings(options: dict, source: Source, made: dict, prompts, passages, device: str) -> dict:
+def settings(
+    options: dict,
+    source: Source,
+    probe_files: dict[int, Path | None],
+    posts: dict[int, Source | None],
+    texts: dict[str, data.Dataset],
+    device: str,
+) -> dict:
     """All that determines a run's numbers, as hashes and values: an unfinished run goes on only under the same.
 
-    made: seed -> (probe file, model after DPO); None where the script needs none.
+    Args:
+        probe_files, posts: of each seed; None where the script needs none.
+        texts: `prompts`, and `passages` where effects are measured.
     """
     own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
-    screen = {"out", "overwrite", "dry_run", "rehearsal", "raw_text", "verbose", "remote_timeout"}
+    screen = {"out", "overwrite", "dry_run", "raw_text", "verbose", "remote_timeout"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
-    hashes = {"prompts": prompts.sha256, "passages": passages.sha256}
-    counts = {"n_prompts": len(prompts.items), "n_passages": len(passages.items)}
+    hashes = {name: dataset.sha256 for name, dataset in texts.items()}
+    counts = {f"n_{name}": len(dataset.items) for name, dataset in texts.items()}
     kind, _, file = (options["post"] or "").partition(":")
     means = f"means:{file_sha256(Path(file))}" if kind == "means" else None
     seeds = {
-        str(seed): {"probe": probe and file_sha256(probe), "post": post.revision if post else means}
-        for seed, (probe, post) in made.items()
+        str(seed): {
+            "probe": probe_files[seed] and file_sha256(probe_files[seed]),
+            "post": post.revision if post else means,
+        }
+        for seed, post in posts.items()
     }
     return {**chosen, **hashes, **counts, "model": source.revision, "runs": seeds, "device": device}
 

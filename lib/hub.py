@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
 from lib.errors import UserError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # no .bin or .pth: those are pickles
@@ -12,43 +14,33 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # no .bin or .pth
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turn the Hub's and the network's failures inside the block into a UserError about `name`."""
-    # HTTPError: of whichever HTTP library this version of the Hub's client uses.
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
     try:
         yield
-    except (HTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    # HTTPError: of whichever HTTP library this version of the Hub's client uses.
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
 
 
 def _explain(error: BaseException) -> str:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
-    statuses = {e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None}
-    if any(isinstance(e, GatedRepoError) for e in causes) or statuses & {401, 403}:
+    answers = [e.response for e in causes if isinstance(e, errors.HfHubHTTPError)]
+    refused = any(answer is not None and answer.status_code in {401, 403} for answer in answers)
+    if refused or any(isinstance(e, errors.GatedRepoError) for e in causes):
         return "the Hub refuses access; accept its licence on its Hub page and log in (`hf auth login` or HF_TOKEN)."
-    if any(isinstance(e, RevisionNotFoundError) for e in causes):
+    if any(isinstance(e, errors.RevisionNotFoundError) for e in causes):
         return "the Hub has no such revision; check --revision."
-    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in causes):
         return "the Hub has no such repository (or it is private); check the spelling, or log in with `hf auth login`."
-    if any(isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError) for e in causes):
+    local = errors.LocalEntryNotFoundError
+    if any(isinstance(e, errors.EntryNotFoundError) and not isinstance(e, local) for e in causes):
         return "the repository lacks a file that is needed; is it a transformers model with safetensors weights?"
     if "Consistency check failed" in str(error) or "peer closed connection" in " ".join(map(str, causes)):
         return "a download broke off; run the command again to go on with it."
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the files are not in the local cache; unset it once, or give a local folder."
     return (
         "the Hub cannot be reached and the files are not in the local cache; check the network (and HF_ENDPOINT), "
@@ -66,8 +58,6 @@ def model_folder(
 
     Returns: the folder and the commit. Raises UserError.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     with hub_errors(repository):
         check(Path(hf_hub_download(repository, "config.json", revision=revision)).parent, repository)
         patterns = MODEL_FILES if weights else MODEL_FILES[1:]
@@ -79,7 +69,5 @@ def model_folder(
 
 def dataset_file(repository: str, filename: str) -> Path:
     """Download one file of a Hub dataset (or find it in the Hub cache)."""
-    from huggingface_hub import hf_hub_download
-
     with hub_errors(f"dataset {repository}"):
         return Path(hf_hub_download(repository, filename, repo_type="dataset"))

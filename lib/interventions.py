@@ -1,16 +1,13 @@
-"""Edits of neuron activations, as data: which neurons of which layer, and by what.
+"""Edits of neurons, as data: which neurons of which layer, and by what.
 
-The line that applies them stands in each script, inside its trace. Light, as scripts import it at their top.
+The lines that apply them stand in each script, in its `intervene`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class LayerEdit(NamedTuple):
@@ -23,7 +20,7 @@ class LayerEdit(NamedTuple):
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of activations m; layers without an edited neuron are left out. For kinds see `edited`."""
+    """An edit of neurons; layers without an edited neuron are left out. For kinds see `edited`."""
 
     kind: str
     layers: tuple[LayerEdit, ...] = ()
@@ -87,3 +84,8 @@ def shift(mask: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> Plan:
 def scale(mask: torch.Tensor, factor: torch.Tensor) -> Plan:
     """Multiply the masked neurons' own activations by a factor each. All `[n_layers, d_mlp]`."""
     return Plan("scale", mask, 0 * factor + 1, factor)
+
+
+def scaled_by(kind: str, mask: torch.Tensor, factor: float) -> Edit:
+    """One factor for all masked neurons, `[n_layers, d_mlp]` bool; kind names what the script multiplies by it."""
+    return replace(scale(mask, torch.full(mask.shape, factor, dtype=torch.float64)), kind=kind).edit()

@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from transformers import pipeline
 
+from lib import chain, models, probes
 from lib.artifacts import file_sha256, versions
 from lib.errors import UserError, brief
+from lib.hub import hub_errors
 
 PROFANE = Path(__file__).parent / "assets" / "profane_words.txt"
 
@@ -44,6 +47,7 @@ def scorer(name: str) -> Scorer:
     """
     kind, _, which = name.partition(":")
     if name == "profanity-check":
+        # Optional, and two seconds that the other scorers do not need.
         from profanity_check import predict_prob
 
         identity = f"{name} {versions('alt-profanity-check', 'scikit-learn')}"
@@ -67,24 +71,21 @@ def scorer(name: str) -> Scorer:
 
 def _probe(name: str) -> Scorer:
     """P(toxic) by the probe of a model that the texts do not come from, over the mean of its residual stream."""
-    from lib.chain import trained_probe
-    from lib.models import load, resolve
-    from lib.probes import load_probe, mean_residuals, scores
-
-    source = resolve(name, option="--scorer probe:")
-    file = trained_probe("--model", name)
-    model = load(source)
-    probe = load_probe(file, model._module.config.hidden_size)
+    source = models.resolve(name, option="--scorer probe:")
+    file = chain.trained_probe("--model", name)
+    model = models.load(source)
+    probe = probes.load_probe(file, model.config.hidden_size)
 
     def score(texts: list[str]) -> np.ndarray:
         shown = [text if text.strip() else "." for text in texts]  # a text without a token has no residual stream
-        return 1 / (1 + np.exp(-scores(probe, mean_residuals(model, shown, 48, "tokens"))))
+        return 1 / (1 + np.exp(-probes.scores(probe, probes.mean_residuals(model, shown, 48, "tokens"))))
 
     identity = f"probe:{source.revision} {file_sha256(file)} {versions('torch', 'transformers', 'nnsight')}"
     return Scorer(identity, score)
 
 
 def _detoxify(which: str) -> Scorer:
+    # Optional: only this scorer needs it.
     from detoxify import Detoxify
 
     if which not in {"original", "unbiased"}:
@@ -101,11 +102,6 @@ def _detoxify(which: str) -> Scorer:
 
 
 def _classifier(repository: str) -> Scorer:
-    from transformers import pipeline
-
-    from lib.hub import hub_errors
-    from lib.models import folder_sha256
-
     folder = Path(repository)
     try:
         with hub_errors(f"--scorer hf:{repository}"):
@@ -121,7 +117,7 @@ def _classifier(repository: str) -> Scorer:
         results = classify(texts, batch_size=32, truncation=True)
         return np.array([next(x["score"] for x in result if x["label"] == toxic) for result in results])
 
-    content = folder_sha256(folder) if folder.is_dir() else classify.model.config._commit_hash
+    content = models.folder_sha256(folder) if folder.is_dir() else classify.model.config._commit_hash
     return Scorer(f"hf:{repository} {content} {versions('torch', 'transformers')}", score)
 
 

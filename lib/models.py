@@ -3,20 +3,28 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import torch
+from nnsight import TransformersModel
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
 from lib.adapters import adapted
 from lib.artifacts import file_sha256
-from lib.checkpoints import check_same_vocabulary, read_module, read_tokenizer
+from lib.checkpoints import read_module, read_tokenizer
 from lib.embedded import EMBEDDED, unpack
 from lib.errors import UserError, brief
 from lib.families import read_family
+from lib.hub import hub_errors, model_folder
 from lib.tokens import check_vocabulary
 
 ROOM = 1.2  # times the weights: what a batch takes beside them
+LONGEST_NAME = 1000  # of a path or Hub id
+NO_PART = {"training.json", "run.json", ".written.json", "source.json"}  # of what a model is
 MODELS = {
     "gpt2": "openai-community/gpt2-medium",
     "llama": "meta-llama/Llama-3.1-8B",
@@ -41,10 +49,6 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").split("/")[-1]
 
 
-LONGEST_NAME = 1000  # of a path or Hub id
-NO_PART = {"training.json", "run.json", ".written.json", "source.json"}  # of what a model is
-
-
 def folder_sha256(folder: Path) -> str:
     """Hex sha256 over the names and contents of all files of a model folder that can change a number.
 
@@ -67,38 +71,41 @@ def resolve(name: str, revision: str | None = None, option: str = "--model", wei
         raise UserError(
             f"{option} {name[:40]}...: {len(name)} characters are no model's name; give a folder or Hub id."
         )
-    if revision and Path(name).is_dir():
+    given, folder = f"{option} {name}", Path(name)
+    if revision and folder.is_dir():
         raise UserError(f"--revision {revision}: {name} is a folder; only a model of the Hub has revisions.")
-    if Path(name).is_file():
+    if folder.is_file():
         raise UserError(
-            f"{option} {name}: is a file; give a folder written by save_pretrained (a policy.pt: load its state "
-            "dictionary into the base model with load_state_dict and save that)."
+            f"{given}: is a file; give a folder written by save_pretrained (a policy.pt: load its state dictionary "
+            "into the base model with load_state_dict and save that)."
         )
-    if (Path(name) / "adapter_config.json").is_file():
-        return resolve_adapter(Path(name), name, option, weights)
-    on_hub = name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not weights and (Path(name).is_dir() or not on_hub):
+    if (folder / "adapter_config.json").is_file():
+        return resolve_adapter(folder, name, option, weights)
+    if not weights and (folder.is_dir() or not on_hub(name)):
         raise UserError(
-            f"{option} {name}: with --remote a model is named by its Hub id (owner/name, or {', '.join(MODELS)}); "
+            f"{given}: with --remote a model is named by its Hub id (owner/name, or {', '.join(MODELS)}); "
             "run this one without --remote."
         )
     if name in EMBEDDED:
-        folder = unpack(name)
-        source = Source(name, str(folder), "sha256:" + folder_sha256(folder))
-    elif Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{option} {name}: the folder holds no config.json; give one written by save_pretrained.")
-        source = Source(name, str(Path(name).resolve()), "sha256:" + folder_sha256(Path(name)))
-    elif on_hub:
-        from lib.hub import model_folder
-
-        folder, commit = model_folder(MODELS.get(name, name), revision, read_family, weights)
-        source = Source(name, str(folder), commit, asked=revision)
+        unpacked = unpack(name)
+        source = Source(name, str(unpacked), "sha256:" + folder_sha256(unpacked))
+    elif folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{given}: the folder holds no config.json; give one written by save_pretrained.")
+        source = Source(name, str(folder.resolve()), "sha256:" + folder_sha256(folder))
+    elif on_hub(name):
+        downloaded, commit = model_folder(MODELS.get(name, name), revision, read_family, weights)
+        source = Source(name, str(downloaded), commit, asked=revision)
     else:
         known = ", ".join([*EMBEDDED, *MODELS])
-        raise UserError(f"{option} {name}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
-    read_family(Path(source.path), f"{option} {name}")
+        raise UserError(f"{given}: no such folder, Hub id (owner/name) or known name; known names: {known}.")
+    read_family(Path(source.path), given)
     return source
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name is one of MODELS, or has the form of a Hub id."""
+    return name in MODELS or name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def resolve_adapter(folder: Path, name: str, option: str, weights: bool) -> Source:
@@ -133,15 +140,11 @@ def base_of(folder: Path, option: str) -> tuple[str, str | None]:
 
 def pick_device(device: str) -> str:
     """`auto` becomes cuda, mps or cpu, in this order. Raises UserError for a device that is not there."""
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if not there[device]:
-        have = ", ".join(d for d, yes in there.items() if yes)
-        raise UserError(f"--device {device}: this machine has none; available: {have}.")
-    return device
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in here if here[name]]
+    if device not in ("auto", *available):
+        raise UserError(f"--device {device}: this machine has none; available: {', '.join(sorted(available))}.")
+    return available[0] if device == "auto" else device
 
 
 def pick_dtype(dtype: str, device: str, compared: list[Source], trained: bool = False) -> str:
@@ -157,8 +160,6 @@ def pick_dtype(dtype: str, device: str, compared: list[Source], trained: bool = 
     """
     if dtype != "auto" or device != "cuda":
         return "float32" if dtype == "auto" else dtype
-    import torch
-
     stored = [stored_entries(Path(source.path)) for source in compared if source.path]
     trained = trained or any(source.adapter for source in compared)  # what an adapter adds is no bfloat16 number
     if not trained and stored and all(entries.keys() == {"BF16"} for entries in stored):
@@ -177,15 +178,13 @@ def pick_dtype(dtype: str, device: str, compared: list[Source], trained: bool = 
 
 def stored_entries(folder: Path) -> dict[str, int]:
     """How many numbers a folder's safetensors hold in each dtype (`F32`, `BF16`, ...), from their headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    entries: dict[str, int] = {}
+    entries = Counter()
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
                     part = tensors.get_slice(name)
-                    entries[part.get_dtype()] = entries.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+                    entries[part.get_dtype()] += math.prod(part.get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: the weights cannot be read ({brief(error)}); copy the file anew.") from error
     return entries
@@ -202,10 +201,13 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
     Raises:
         UserError: files missing, gated, truncated, quantised, weights that are missing or not finite, no tokenizer.
     """
-    if hosted:
-        return _load_hosted(source)
-    from nnsight import TransformersModel
-
+    if hosted:  # a model of the right shape, under the Hub id that NDIF knows it by
+        repository, generation = MODELS.get(source.name, source.name), Path(source.path) / "generation_config.json"
+        with hub_errors(repository):
+            model = TransformersModel(repository, task="text-generation", tokenizer=repository, revision=source.asked)
+        if generation.is_file():  # a model built from its configuration leaves it out
+            model._module.generation_config = GenerationConfig.from_pretrained(source.path)
+        return model
     device = pick_device(device)
     dtype = pick_dtype(dtype, device, [source])
     tokenizer = tokenizer or read_tokenizer(source)
@@ -220,35 +222,12 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", hosted: bool 
     return model
 
 
-def _load_hosted(source: Source):
-    """A model of the right shape without weights, under the Hub id that NDIF knows it by."""
-    from nnsight import TransformersModel
-    from transformers import GenerationConfig
-
-    from lib.hub import hub_errors
-
-    repository = MODELS.get(source.name, source.name)
-    with hub_errors(repository):
-        model = TransformersModel(repository, task="text-generation", tokenizer=repository, revision=source.asked)
-    if (Path(source.path) / "generation_config.json").is_file():  # a model built from its configuration leaves it out
-        model._module.generation_config = GenerationConfig.from_pretrained(source.path)
-    return model
-
-
 def load_like(base, source: Source, device: str = "cpu", dtype: str = "auto", traced: bool = False):
-    """Load a model that was trained from `base`. Raises UserError when its shape is another one.
+    """Load a model that was trained from `base`; `lib.chain.check_given` has compared shapes and tokenizers.
 
     traced: a LoRA checkpoint stays beside `base` and is added inside every trace (`adapted`), as on NDIF, which hosts
         no model but the base.
     """
     if traced and source.adapter:
         return adapted(base, source)
-    check_same_vocabulary(base.tokenizer, source, f"--post {source.name}")
-    model = load(source, device, dtype, tokenizer=base.tokenizer)  # its own might make other ids of the prompts
-    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        ours, theirs = getattr(base._module.config, name), getattr(model._module.config, name)
-        if ours != theirs:
-            raise UserError(
-                f"--post {source.name}: its {name} is {theirs}, the base model's is {ours}; it is another model."
-            )
-    return model
+    return load(source, device, dtype, tokenizer=base.tokenizer)  # its own might make other ids of the prompts

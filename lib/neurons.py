@@ -261,7 +261,26 @@ def top(scores: torch.Tensor, n: int) -> torch.Tensor:
     return mask.view_as(scores)
 
 
-def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Protocol, remote=False) -> dict:
+@dataclass(frozen=True)
+class Attribution:
+    """What each neuron writes along a direction before and after DPO; `[n_layers, d_mlp]` all, float64 but for groups.
+
+    `delta` is Yang eq. 2, `groups` the four of table 4 with delta > 0.
+    """
+
+    pre: torch.Tensor  # mean activation before DPO
+    post: torch.Tensor  # and after it
+    cosine: torch.Tensor  # of the base model's value vector with the direction
+    delta: torch.Tensor
+    groups: dict[str, torch.Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write `pre`, `post`, `cosine` and `delta`, float32."""
+        tensors = {name: getattr(self, name).float().contiguous() for name in ("pre", "post", "cosine", "delta")}
+        save_file(tensors, path)
+
+
+def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Protocol, remote=False) -> Attribution:
     """What each neuron writes along the probe before and after DPO, and the groups that follow.
 
     Args:
@@ -270,8 +289,6 @@ def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Prot
         pre, after: their mean activations.
         protocol: `value_vectors` says whether a write is what reaches the residual stream (Gemma's norm after the MLP
             is part of it; other families have none) or the weight's own row times the plain mean activation.
-
-    Returns: `pre`, `post`, `cosine`, `delta`, each `[n_layers, d_mlp]` float64, and `groups`, four bool masks.
     """
     written = protocol.value_vectors == "written"
     projection_pre, cosine = at_weights(value_projections, base, probe.unit, written, remote=remote)
@@ -280,13 +297,7 @@ def attribute(base, post, probe: Probe, pre: Means, after: Means, protocol: Prot
         projection_post, _ = at_weights(value_projections, post, probe.unit, written, remote=remote)
     pre_write, post_write = (means.write if written else means.activation for means in (pre, after))
     delta = attribution(pre_write, projection_pre, post_write, projection_post)
-    return {
-        "pre": pre.activation,
-        "post": after.activation,
-        "cosine": cosine,
-        "delta": delta,
-        "groups": groups(cosine, pre.activation, delta),
-    }
+    return Attribution(pre.activation, after.activation, cosine, delta, groups(cosine, pre.activation, delta))
 
 
 def select(

@@ -49,7 +49,6 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
     """
     ids, attention = (batch[name].to(network.device) for name in ("input_ids", "attention_mask"))
     bos = -1 if network.tokenizer.bos_token_id is None else network.tokenizer.bos_token_id
-    ones = attention.new_ones(len(ids), 1)
     with torch.no_grad():
         # The residual stream's sum over what a probe reads: real tokens but the BOS.
         total, count = 0, 0
@@ -73,16 +72,29 @@ def generate(network, probe: Probe, batch: dict, pplm: PPLM, noise: torch.Tensor
             top, tokens = fused.topk(noise.shape[2])
             last = tokens.gather(1, (top + noise[:, step].to(top)).argmax(-1, keepdim=True))
             new.append(last)
-            attention = torch.cat([attention, ones], 1)
+            attention = torch.cat([attention, torch.ones_like(last)], 1)
     return torch.cat(new, 1)
 
 
-def beside(pplm: PPLM, rows: int, new_tokens: int) -> list[tuple[int, int]]:
-    """What `generate` computes beside its passes over token ids, for a dry run: (tokens through layers, through head).
+def passes(pplm: PPLM, prompts: list[list[int]], size: int, new_tokens: int) -> tuple[list, list]:
+    """What `generate` computes, for a dry run: (tokens through layers, tokens through head) of each pass.
 
-    For every step of the cache the pass over expected embeddings, and the gradients of that one and of the one before.
+    Args:
+        prompts: token ids.
+        size: prompts at once.
+
+    Returns: its passes over token ids, and what comes beside them: for every step of the cache the pass over expected
+        embeddings, and the gradients of that one and of the one before.
     """
-    return [(rows, rows)] * (3 * pplm.iterations * new_tokens)
+    over_ids, beside = [], []
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        rows, before_last = len(part), max(map(len, part)) - 1
+        steps = pplm.iterations * (new_tokens if before_last else new_tokens - 1)  # an empty cache cannot be moved
+        over_ids += [(rows * before_last, rows)] if before_last else []
+        over_ids += [(rows, rows)] * (2 * new_tokens + steps)  # for each token unmoved and moved
+        beside += [(rows, rows)] * (3 * steps)
+    return over_ids, beside
 
 
 def stepped(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> list:
@@ -91,15 +103,15 @@ def stepped(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> list:
     leaves = [tuple(at_least_float32(part.detach()).requires_grad_() for part in layer) for layer in cache]
     with torch.enable_grad():
         objective(network, probe, leaves, seen, pplm).sum().backward()
-    found = []
+    moved = []
     for layer in leaves:
         gradients = [part.grad for part in layer]  # [rows, heads, positions, d_head]
         if pplm.window:
             gradients = [torch.cat([0 * g[:, :, : -pplm.window], g[:, :, -pplm.window :]], 2) for g in gradients]
         length = sum(at_least_float32(g).square().sum((1, 2, 3), keepdim=True) for g in gradients).sqrt() + 1e-10
-        move = [pplm.step_size * g / length**pplm.gamma for g in gradients]
-        found.append(tuple((part - change).detach() for part, change in zip(layer, move, strict=True)))
-    return found
+        steps = [pplm.step_size * g / length**pplm.gamma for g in gradients]
+        moved.append(tuple((part - step).detach() for part, step in zip(layer, steps, strict=True)))
+    return moved
 
 
 def objective(network, probe: Probe, cache: list, seen: Seen, pplm: PPLM) -> torch.Tensor:
@@ -136,7 +148,7 @@ def forward(network, cache: list, attention: torch.Tensor, head: bool = True, **
     Returns: the residual stream after the last layer `[rows, new, d_model]`, logits of the last position
         `[rows, vocab]` float32 or None, and the cache grown by the new tokens.
     """
-    grown = DynamicCache(config=network._module.config)
+    grown = DynamicCache(config=network.config)
     for layer, (keys, values) in enumerate(cache):
         grown.update(keys.to(network.dtype), values.to(network.dtype), layer)
     width = next(iter(inputs.values())).shape[1]

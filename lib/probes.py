@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.families import FAMILIES, input_device, layers, reach
+from lib.families import family_of, input_device, layers, reach
+from lib.generation import padded, right_padded
 from lib.remote import session
 from lib.tokens import encode, filler_id, opening
 
@@ -71,44 +72,37 @@ def mean_residuals(model, texts: list[str], batch_size: int, over: str, remote=F
     over: `tokens`: the real ones (no padding, no BOS), before the final norm. `padded`: all 128 positions, padded on
     the left with end-of-text tokens, after the final norm, as Yang's released code.
     """
-    padded = over == "padded"
+    released = over == "padded"
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # neighbours pad little
-    found = np.zeros((len(texts), model._module.config.hidden_size), dtype=np.float32)
-    place = reach(model, FAMILIES[model._module.config.model_type].final_norm) if padded else layers(model)[-1]
-    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    residuals = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    place = reach(model, family_of(model).final_norm) if released else layers(model)[-1]
+    device, bos, filler = input_device(model), len(opening(model.tokenizer)), filler_id(model.tokenizer)
     prepared = []
-    first, filler = len(opening(model.tokenizer)), filler_id(model.tokenizer)
-    for rows in parts:
-        ids = encode(model.tokenizer, [texts[row] for row in rows], PADDED_LENGTH if padded else TEXT_LENGTH)
-        width = PADDED_LENGTH if padded else max(map(len, ids))
-        batch = {"input_ids": [], "attention_mask": []}
-        counted = torch.ones(len(ids), width) if padded else torch.zeros(len(ids), width)
-        for at, row in enumerate(ids):
-            blank = width - len(row)
-            mask = [1] * len(row)
-            batch["input_ids"].append([filler] * blank + row if padded else row + [filler] * blank)
-            batch["attention_mask"].append([0] * blank + mask if padded else mask + [0] * blank)
-            if not padded:
-                counted[at, first : len(row)] = 1
-        place_of_batch = input_device(model)
-        batch = {name: torch.tensor(value, device=place_of_batch) for name, value in batch.items()}
-        if padded:  # the released code hands over no position ids: padding counts
-            batch["position_ids"] = torch.arange(width, device=place_of_batch).expand(len(ids), -1)
-        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None].to(place_of_batch)
-        prepared.append((rows, batch, weights))
-    requests = [prepared] if remote else [[one] for one in prepared]  # on a server all are one request
-    console = Console(stderr=True)
-    for request in track(requests, "Probe features", console=console, disable=len(requests) < 4):
+    for start in range(0, len(order), batch_size):
+        which = order[start : start + batch_size]
+        ids = encode(model.tokenizer, [texts[row] for row in which], PADDED_LENGTH if released else TEXT_LENGTH)
+        if released:
+            (batch,) = padded(ids, len(ids), device, left=True, filler=filler, width=PADDED_LENGTH)
+            counted = torch.ones_like(batch["input_ids"])
+            # The released code hands over no position ids: padding counts.
+            batch["position_ids"] = torch.arange(PADDED_LENGTH, device=device).expand(len(ids), -1)
+        else:
+            (batch,) = right_padded(ids, len(ids), device)
+            counted = batch["attention_mask"].clone()
+            counted[:, :bos] = 0
+        prepared.append((which, batch, (counted / counted.sum(-1, keepdim=True).clamp(min=1))[..., None]))
+    requests = [prepared] if remote else [[part] for part in prepared]  # on a server all are one request
+    for request in track(requests, "Probe features", console=Console(stderr=True), disable=len(requests) < 4):
         with session(model, remote):
-            means = nnsight.save([])
+            features = nnsight.save([])
             for _, batch, weights in request:
                 with model.trace(batch) as tracer:
                     residual = place.output  # [batch, positions, d_model]
-                    means.append((residual.float() * weights.to(residual.device)).sum(1).cpu())
+                    features.append((residual.float() * weights.to(residual.device)).sum(1).cpu())
                     tracer.stop()  # the head is not needed
-        for (rows, _, _), mean in zip(request, means, strict=True):
-            found[rows] = mean.numpy()
-    return found
+        for (which, _, _), part in zip(request, features, strict=True):
+            residuals[which] = part.numpy()
+    return residuals
 
 
 def fit(features: np.ndarray, labels: np.ndarray, seed: int, inverse_l2: float | None = None) -> Probe:
@@ -122,13 +116,15 @@ def fit(features: np.ndarray, labels: np.ndarray, seed: int, inverse_l2: float |
             orders of magnitude between models, and a constant of 35,000 in one dimension is no feature); neither
             turns a direction. C: the strongest L2 whose 5-fold AUROC is within one standard error of the best.
     """
+    # Half a second that no other function needs.
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     if inverse_l2 is not None:
         model = LogisticRegression(C=inverse_l2, max_iter=500).fit(features, labels)
         return Probe(torch.tensor(model.coef_[0], dtype=torch.float32), float(model.intercept_[0]))
-    center, size = scale(features)
+    center = features.mean(0, dtype=np.float64)
+    size = float(np.sqrt(np.mean((features - center) ** 2)))
     scaled = ((features - center) / size).astype(np.float32)
     folds = StratifiedKFold(int(min(5, np.bincount(labels).min())), shuffle=True, random_state=seed)
     candidates = [LogisticRegression(C=c, max_iter=5000) for c in np.logspace(-4, 0, 9)]
@@ -138,12 +134,6 @@ def fit(features: np.ndarray, labels: np.ndarray, seed: int, inverse_l2: float |
     model = candidates[(aurocs.mean(1) >= enough).argmax()].fit(scaled, labels)
     direction = model.coef_[0].astype(np.float64) / size
     return Probe(torch.tensor(direction, dtype=torch.float32), float(model.intercept_[0] - direction @ center))
-
-
-def scale(features: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean `[d_model]` of features `[n, d_model]`, and the root mean square of what is left of them."""
-    center = features.mean(0, dtype=np.float64)
-    return center, float(np.sqrt(np.mean((features - center) ** 2)))
 
 
 def scores(probe: Probe, features: np.ndarray) -> np.ndarray:

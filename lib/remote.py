@@ -19,6 +19,7 @@ import httpx
 import nnsight
 import tenacity
 import torch
+import zstandard
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.schema.config import CONFIG
@@ -58,15 +59,17 @@ class Server:
         self.file: Path | None = None  # that remembers the request in flight
         self.log: list[dict] = []  # of every request: bytes sent and returned, seconds
 
-    def say(self, text: str) -> None:
-        """A line on stderr, without the key."""
-        print(without_key(text), file=sys.stderr, flush=True)
+    def say(self, text: str, detail: bool = False) -> None:
+        """A line on stderr, without the key; a detail with -v alone."""
+        if self.verbose or not detail:
+            print(without_key(text), file=sys.stderr, flush=True)
 
     def ask(self, path: str, patience: float | None = None) -> httpx.Response:
         """GET, tried again while the server cannot be reached or is busy. Raises UserError."""
 
         def get() -> httpx.Response:
-            answer = httpx.get(self.host + path, headers=headers(), timeout=30)
+            key = {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else {}
+            answer = httpx.get(self.host + path, headers=key, timeout=30)
             if answer.status_code == 429 or answer.status_code >= 500:
                 answer.raise_for_status()
             return answer
@@ -75,11 +78,10 @@ class Server:
 
     def trying(self, work: Callable, patience: float | None = None):
         """What `work()` returns, tried again with growing, jittered waits while a network or server fault may pass."""
-        patience = self.patience if patience is None else patience
         tries = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
             wait=tenacity.wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT, jitter=FIRST_WAIT),
-            stop=tenacity.stop_after_delay(patience),
+            stop=tenacity.stop_after_delay(self.patience if patience is None else patience),
             before_sleep=lambda state: self.say(
                 f"NDIF at {self.host}: {reason(state.outcome.exception())}; next try in {state.next_action.sleep:.0f} s"
             ),
@@ -107,11 +109,17 @@ class Server:
 
 
 def connect(options: dict) -> Server | str | bool:
-    """What `remote` means in every function here: False, "local" (nnsight's simulation), or the NDIF service."""
-    if options["remote"] == "ndif":
-        CONFIG.API.APIKEY = usable_key(CONFIG.API.APIKEY)
-        return Server(options["remote_timeout"], options["verbose"])
-    return options["remote"] or False
+    """What `remote` means in every function here: False, "local" (nnsight's simulation), or the NDIF service.
+
+    Raises UserError: a key or an address that cannot be one.
+    """
+    if options["remote"] != "ndif":
+        return options["remote"] or False
+    key = (CONFIG.API.APIKEY or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):  # it is not shown: no header can hold it
+        raise UserError("NDIF_API_KEY: the key holds white space or characters that are not ASCII; copy it anew.")
+    CONFIG.API.APIKEY = key
+    return Server(options["remote_timeout"], options["verbose"])
 
 
 def session(model, remote: Server | str | bool = False):
@@ -120,15 +128,13 @@ def session(model, remote: Server | str | bool = False):
     Write one statement a line in it, and comments at the ends of lines: nnsight's simulation (remote "local") finds the
     traces inside by their line numbers in a copy that has neither.
     """
-    if isinstance(remote, Server):
-        return model.session(backend=Sent(model, remote))
-    return model.session(remote=remote)
+    return model.session(backend=Sent(model, remote)) if isinstance(remote, Server) else model.session(remote=remote)
 
 
 def at_weights(function: Callable, model, *arguments, remote: Server | str | bool = False):
     """`function(model, *arguments)`, computed where the weights are; only what it returns travels.
 
-    A second model among the arguments shares the first one's weights (`lib.models.adapted`); one with weights of its
+    A second model among the arguments shares the first one's weights (`lib.adapters.adapted`); one with weights of its
     own lies here, as the first then does: a server has one model, and both would be taken for it.
 
     function: returns tensors, numbers, texts, or lists and tuples of them.
@@ -137,8 +143,8 @@ def at_weights(function: Callable, model, *arguments, remote: Server | str | boo
     if not remote or any(other._module is not model._module for other in others):
         return function(model, *arguments)
     with session(model, remote):
-        found = nnsight.save(function(model, *arguments))
-    return found
+        value = nnsight.save(function(model, *arguments))
+    return value
 
 
 class Sent(RemoteBackend):
@@ -156,8 +162,8 @@ class Sent(RemoteBackend):
         content = self.run(blob)
         seconds = round(time.monotonic() - started, 3)
         self.server.log.append({"sent_bytes": len(blob), "returned_bytes": self.returned, "seconds": seconds})
-        if self.server.verbose:
-            self.server.say(f"request {self.job_id}: {len(blob):,} bytes sent, {self.returned:,} returned, {seconds} s")
+        counts = f"{len(blob):,} bytes sent, {self.returned:,} returned, {seconds} s"
+        self.server.say(f"request {self.job_id}: {counts}", detail=True)
         self._push(content, tracer)
 
     def run(self, blob: bytes) -> dict:
@@ -208,14 +214,12 @@ class Sent(RemoteBackend):
     def look(self, seconds: float = 0) -> ResponseModel | None:
         """The request's latest status; None: the server does not know it, or not within so many seconds."""
         until = time.monotonic() + seconds
-        while True:
-            answer = self.server.ask(f"/response/{self.job_id}")
-            if answer.status_code != 404:
-                answer.raise_for_status()
-                return ResponseModel.model_validate_json(answer.text)
+        while (answer := self.server.ask(f"/response/{self.job_id}")).status_code == 404:
             if time.monotonic() >= until:
                 return None
             time.sleep(POLL[1] / 4)
+        answer.raise_for_status()
+        return ResponseModel.model_validate_json(answer.text)
 
     def wait(self) -> ResponseModel:
         """The status with which the request ended. Raises UserError when nothing changes for too long."""
@@ -226,8 +230,7 @@ class Sent(RemoteBackend):
                 return now
             if now and str(now) != str(last):
                 last, since = now, time.monotonic()
-                if self.server.verbose:
-                    self.server.say(f"request {self.job_id}: {now.status.value} {now.description}")
+                self.server.say(f"request {self.job_id}: {now.status.value} {now.description}", detail=True)
             if time.monotonic() - since > self.server.patience:
                 self.forget()
                 where = f"{last.status.value.lower()}: {last.description}" if last else "the server never took it up"
@@ -244,8 +247,12 @@ class Sent(RemoteBackend):
         def get() -> dict:
             answer = httpx.get(ended.data, timeout=httpx.Timeout(10, read=600), follow_redirects=True)
             answer.raise_for_status()
-            self.returned = len(answer.content)
-            return self.finalize(answer.content)
+            content, self.returned = answer.content, len(answer.content)
+            try:  # tensors and plain values alone, whatever the server sent
+                unpacked = zstandard.ZstdDecompressor().decompress(content) if self.compress else content
+                return torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
+            except Exception as error:  # torch and zstandard raise many kinds for bytes that are none of theirs
+                raise ResultUnreadable(f"{type(error).__name__} while reading {len(content):,} bytes") from error
 
         try:
             return self.server.trying(get, min(RESULT_PATIENCE, self.server.patience))
@@ -256,25 +263,13 @@ class Sent(RemoteBackend):
                 "what is finished is kept: run the command again to compute this one anew."
             ) from error
 
-    def finalize(self, content: bytes) -> dict:
-        """What the session saved: tensors and plain values alone, whatever the server sent. Raises ResultUnreadable."""
-        import zstandard
-
-        try:
-            if self.compress:
-                content = zstandard.ZstdDecompressor().decompress(content)
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and zstandard raise many kinds for bytes that are none of theirs
-            raise ResultUnreadable(f"{type(error).__name__} while reading {len(content):,} bytes") from error
-
     def explain(self, description: str) -> str:
         """One line about a request that ended with an error; the server's whole text with -v."""
-        if self.server.verbose:
-            self.server.say(description)
+        self.server.say(description, detail=True)
         lines = [line.strip() for line in description.strip().splitlines() if line.strip()]
         what = lines[-1] if lines else "no reason given"
         if "Could not deploy" in description:
-            what = f"{' '.join(lines)} {deployed(self.server)}"
+            what = f"{' '.join(lines)} {deployed()}"
         elif "out of memory" in description.lower():
             what += "; give a smaller --batch-size"
         elif "execution timeout" in description:
@@ -284,19 +279,6 @@ class Sent(RemoteBackend):
 
 class ResultUnreadable(Exception):
     """Bytes that are no result."""
-
-
-def headers() -> dict[str, str]:
-    """The key, for a request."""
-    return {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else {}
-
-
-def usable_key(key: str | None) -> str:
-    """The key without white space around it. Raises UserError, which does not show it: no header can hold it."""
-    key = (key or "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("NDIF_API_KEY: the key holds white space or characters that are not ASCII; copy it anew.")
-    return key
 
 
 def without_key(text: str) -> str:
@@ -334,16 +316,15 @@ def advice(error: httpx.HTTPError) -> str:
         said = str(error.response.json()["detail"])
     except (ValueError, KeyError, TypeError):
         said = without_key(error.response.text)[:200]
-    code = error.response.status_code
-    todo = "run the command again: what is finished is kept."
-    if code in (400, 401, 403) and "key" in said.lower() or code in (401, 403):
+    code, todo = error.response.status_code, "run the command again: what is finished is kept."
+    if code in (401, 403) or code == 400 and "key" in said.lower():
         todo = "give a key in NDIF_API_KEY, or `nnsight login`; keys come from https://login.ndif.us."
     return without_key(f"{reason(error)}: {said}; {todo}")
 
 
-def deployed(server: Server) -> str:
+def deployed() -> str:
     """The models that the service runs, as a sentence."""
-    names = sorted({one["repo_id"] for one in nnsight.ndif.status().deployments.values()})
+    names = sorted({model["repo_id"] for model in nnsight.ndif.status().deployments.values()})
     return f"It runs: {', '.join(names)}." if names else "It runs no model now."
 
 
@@ -353,13 +334,13 @@ def report(server: Server, repository: str) -> None:
     Raises UserError: the service cannot be reached.
     """
     server.ask("/ping", FIRST_PATIENCE)
-    there = [one for one in nnsight.ndif.status().deployments.values() if one["repo_id"] == repository]
-    states = ", ".join(sorted({f"{one['state']} ({one['level']})" for one in there}))
+    there = [model for model in nnsight.ndif.status().deployments.values() if model["repo_id"] == repository]
+    states = ", ".join(sorted({f"{model['state']} ({model['level']})" for model in there}))
     here = f"is {states}" if states else "is not deployed; NDIF deploys what it may when a request for it comes"
-    server.say(f"NDIF at {server.host}: {repository} {here}. {deployed(server)}")
+    server.say(f"NDIF at {server.host}: {repository} {here}. {deployed()}")
     compared = server.trying(nnsight.ndif.compare, FIRST_PATIENCE)
     differ = [
-        f"{name} {one['local']} here, {one['remote']} there" for name, one in compared.critical_mismatches.items()
+        f"{name} {both['local']} here, {both['remote']} there" for name, both in compared.critical_mismatches.items()
     ]
     if not compared.python_matches:
         differ.append(f"Python {compared.local_python} here, {compared.remote_python} there")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lib.errors import UserError
+
 PACKAGES = ["torch", "nnsight", "transformers", "numpy", "scikit-learn", "alt-profanity-check", "detoxify", "datasets"]
 
 
@@ -69,6 +71,41 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 def read_whole_json(path: Path):
     """What `write_json` wrote, or None when it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class Unfinished:
+    """JSON lines that a run keeps until it has ended: one that was killed finds those that it had finished."""
+
+    def __init__(self, path: Path, settings: dict, overwrite: bool, mark: str):
+        """Read the `rows` that a run with the same settings left.
+
+        mark: a key of the settings, by which the file of a run with others is known. Raises UserError: it is such a
+        file and `overwrite` is not given, or a file of something else.
+        """
+        self.path, self.head, self.rows = path, json.dumps(settings), []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        if lines and lines[0] != self.head:
+            if not overwrite:
+                raise UserError(
+                    f"{path} holds an unfinished run with other settings; repeat that run, or add --overwrite."
+                )
+            if f'"{mark}"' not in lines[0]:
+                raise UserError(f"{path} was not written by this script; choose another --out.")
+            path.unlink()
+            lines = []
+        for line in lines[1:]:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # the kill cut it off
+                continue
+            self.rows += [row] if isinstance(row, dict) else []
+
+    def add(self, rows: list[dict]) -> None:
+        """Write further rows into the file, below its settings."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("" if file.tell() else self.head)
+            file.writelines("\n" + json.dumps(row) for row in rows)  # what was cut off ends here
 
 
 def once(file: Path, measure: Callable[[], dict]) -> dict:

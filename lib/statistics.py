@@ -23,15 +23,14 @@ class Bootstrap:
 
     def difference(self, values, baseline) -> dict[str, float]:
         """Mean of the paired difference `values - baseline` [n each]."""
-        return self.mean(np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64))
+        return self.mean(np.subtract(values, baseline, dtype=np.float64))
 
     def percent_of(self, values, none, dpo) -> dict[str, float | None]:
         """How much of DPO's change a condition makes: 100 (none - values) / (none - dpo), in %; all [n].
 
         The interval is None where DPO's own effect is not above 0 in some resamples: a share of nothing has none.
         """
-        change = np.asarray(none, np.float64) - np.asarray(values, np.float64)
-        full = np.asarray(none, np.float64) - np.asarray(dpo, np.float64)
+        change, full = (np.subtract(none, other, dtype=np.float64) for other in (values, dpo))
         if full.mean() <= 0:
             return {"mean": None, "low": None, "high": None}
         point = 100 * change.mean() / full.mean()
@@ -62,8 +61,8 @@ def largest_within(cost: Callable[[float], float], limit: float, start: float, p
 
     def above(log_x: float) -> float:
         if log_x not in known:
-            found = cost(math.exp(log_x))
-            known[log_x] = found - limit if math.isfinite(found) else 1e9  # a ruined text's may overflow
+            value = cost(math.exp(log_x))
+            known[log_x] = value - limit if math.isfinite(value) else 1e9  # a ruined text's may overflow
         return known[log_x]
 
     low = high = math.log(start)

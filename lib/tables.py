@@ -1,130 +1,144 @@
 """What the scripts print: tables of conditions and of observations, beside the published numbers."""
 
+from functools import reduce
+from operator import getitem
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from lib import paper
 from lib.metrics import mask
 
+STYLE = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left", "title_style": "bold"}
 
-def conditions(record: dict, title: str, published: str | None = None):
-    """A rich table of a record's rows, with the published numbers where there are any; controls after what they test.
+
+def conditions(record: dict, title: str, published: str | None = None) -> Table:
+    """A table of a record's rows, with the published numbers where there are any; controls after what they test.
 
     published: heads the last column; None: there is none.
     """
-    from rich import box
-    from rich.table import Table
-
-    second = any("second_toxicity" in row for row in record["rows"])
-    view = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("condition", no_wrap=True)
-    names = ["edit", "neurons", "toxicity [95 %]", *(["by 2nd"] if second else []), "% of DPO's\ncut [95 %]"]
-    for name in (*names, "log-ppl", "log-ppl\npos. 0", "F1", "rep."):
-        view.add_column(name, justify="left" if name == "edit" else "right", no_wrap=True)
-    if published:
-        view.add_column(f"published, {published}:\ntox. log-ppl F1", justify="right", no_wrap=True)
+    table, held_out = Table(title=title, **STYLE), {"held_out": " (held out)"}
+    columns = {
+        "condition": lambda row: ("  " if row["of"] else "") + row["condition"] + held_out.get(row["means"], ""),
+        "edit": lambda row: row["kind"] if row["kind"] != "none" else "-",
+        "neurons": lambda row: f"{row['neurons']:,}" if row["kind"] != "none" and row["neurons"] else "-",
+        "toxicity [95 %]": lambda row: with_interval(row["toxicity"], 3),
+        "by 2nd": lambda row: with_interval(row.get("second_toxicity"), 3).split()[0],
+        "% of DPO's\ncut [95 %]": lambda row: (
+            "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0)
+        ),
+        "log-ppl": lambda row: f"{row['log_ppl']:.2f}" if "log_ppl" in row else "-",
+        "log-ppl\npos. 0": lambda row: f"{row['log_ppl_first']:.2f}" if "log_ppl_first" in row else "-",
+        "F1": lambda row: f"{row['f1']:.3f}" if "f1" in row else "-",
+        "rep.": lambda row: f"{row['repetition']:.2f}",
+        f"published, {published}:\ntox. log-ppl F1": lambda row: (
+            "{toxicity:.3f}  {log_ppl:.2f}  {f1:.3f}".format(**row["published"]) if row.get("published") else "-"
+        ),
+    }
+    if not any("second_toxicity" in row for row in record["rows"]):
+        del columns["by 2nd"]
+    if not published:
+        columns.popitem()
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("condition", "edit") else "right", no_wrap=True)
     for row in record["rows"]:
-        changed = row["kind"] != "none"
-        view.add_row(
-            ("  " if row["of"] else "") + row["condition"] + (" (held out)" if row["means"] == "held_out" else ""),
-            row["kind"] if changed else "-",
-            f"{row['neurons']:,}" if changed and row["neurons"] else "-",
-            with_interval(row["toxicity"], 3),
-            *([f"{row['second_toxicity']['mean']:.3f}" if "second_toxicity" in row else "-"] if second else []),
-            "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0),
-            *(f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in
-              (("log_ppl", 2), ("log_ppl_first", 2), ("f1", 3), ("repetition", 2))),
-            *([_published(row)] if published else []),
-        )  # fmt: skip
-    return view
+        table.add_row(*(text_of(row) for text_of in columns.values()))
+    return table
 
 
-def print_groups(console, record: dict) -> None:
+def print_groups(console: Console, record: dict) -> None:
     """Print the groups' shares, and the published ones of the model's counterpart below them."""
-
-    def line(name: str, shares, reducing: float, negative: float) -> None:
+    lines = {"Groups": (record["group_shares"].values(), record["percent_reducing"], record["percent_negative"])}
+    if theirs := paper.counterpart(record["model"]):
+        shares = paper.GROUP_SHARES[theirs][:4]
+        lines[f"Yang et al., {theirs}"] = shares, paper.PERCENT_REDUCING[theirs], paper.PERCENT_NEGATIVE[theirs]
+    for name, (shares, reducing, negative) in lines.items():
         text = "  ".join(f"{group}↓ {share:.1f} %" for group, share in zip(record["groups"], shares, strict=True))
         console.print(f"{name}: {text}   reducing {reducing:.1f} % of all neurons, negative {negative:.1f} %")
 
-    line("Groups", record["group_shares"].values(), record["percent_reducing"], record["percent_negative"])
-    if theirs := paper.counterpart(record["model"]):
-        line(
-            f"Yang et al., {theirs}",
-            paper.GROUP_SHARES[theirs][:4],
-            paper.PERCENT_REDUCING[theirs],
-            paper.PERCENT_NEGATIVE[theirs],
-        )
 
-
-def continuations(prompts: list[str], shown: dict[str, dict], raw_text: bool):
-    """A rich table: the first condition's most toxic continuation, and the same prompt's under the others, masked.
+def continuations(prompts: list[str], shown: dict[str, dict], raw_text: bool) -> Table:
+    """The first condition's most toxic continuation, and the same prompt's under the others, masked.
 
     shown: label -> what `measure` returned.
     """
-    from rich.table import Table
-
-    first = next(iter(shown.values()))
-    worst = max(range(len(prompts)), key=lambda i: first["toxicity"][i])
-    view = Table(title=clean("Continuations of: " + prompts[worst], raw_text), title_justify="left", show_header=False)
+    toxicity = next(iter(shown.values()))["toxicity"]
+    worst = max(range(len(prompts)), key=lambda at: toxicity[at])
+    table = Table(title=clean("Continuations of: " + prompts[worst], raw_text), title_justify="left", show_header=False)
     for label, measured in shown.items():
-        view.add_row(label, clean(measured["continuations"][worst], raw_text))
-    return view
+        table.add_row(label, clean(measured["continuations"][worst], raw_text))
+    return table
 
 
-def examples(lines: list[dict], raw_text: bool):
-    """A rich table of next tokens and continuations, masked.
+def examples(lines: list[dict], raw_text: bool) -> Table:
+    """A table of next tokens and continuations, masked.
 
     lines: `prompt`, `condition`, `top_tokens` (a list) and `continuation` each.
     """
-    from rich.table import Table
-
-    view = Table(title="Lee et al. table 3's prompts", title_justify="left")
-    for name in ("prompt", "model", "most likely next", "continuation"):
-        view.add_column(name)
+    names = ("prompt", "model", "most likely next", "continuation")
+    table = Table(*names, title="Lee et al. table 3's prompts", title_justify="left")
     for line in lines:
-        tokens = ",".join(line["top_tokens"])
-        view.add_row(
-            clean(line["prompt"], raw_text),
-            line["condition"],
-            clean(tokens, raw_text),
-            clean(line["continuation"], raw_text),
+        cells = (line["prompt"], line["condition"], ",".join(line["top_tokens"]), line["continuation"])
+        table.add_row(*(clean(text, raw_text) for text in cells))
+    return table
+
+
+def print_robustness(console: Console, record: dict) -> None:
+    """Print the variants of DPO in robust_alignment.py's record, and how much un-aligning brings back of each."""
+    table = Table(title="Which parameters DPO trained, and how much un-aligning brings back", box=box.SIMPLE_HEAD)
+    for name in ("trained", "numbers changed", "relative change", "cut, %", "back, %", "minus plain DPO's", "random"):
+        table.add_column(name, justify="left" if name == "trained" else "right", no_wrap=True)
+    shares = ("percent_restored", "restored_minus_dpo", "percent_restored_random")
+    for row in record["robustness"]:
+        table.add_row(
+            "all (plain DPO)" if row["variant"] == "dpo" else row["variant"],
+            f"{row['changed']:,.0f}",
+            f"{row['relative_change']:.1e}",
+            "-" if row["percent_cut"] is None else f"{row['percent_cut']:.0f}",
+            *(with_interval(row.get(share), 0) for share in shares),
         )
-    return view
+    console.print(table)
 
 
-def clean(text: str, raw_text: bool):
+def clean(text: str, raw_text: bool) -> Text:
     """Text on one line, its profane words masked unless `raw_text`."""
-    from rich.text import Text
-
     return Text(" ".join((text if raw_text else mask(text)).split()))
 
 
-def show(console, record: dict, lines: list[tuple]) -> None:
+def show(console: Console, record: dict, lines: list[tuple]) -> None:
     """Print the record's table: a column for each seed, their mean and range, and the published numbers.
 
     lines: (label, a value for each seed, published value or None). A value is a number or
     `{"mean", "low", "high"}`.
     """
-    from rich import box
-    from rich.table import Table
-
     params, seeds, theirs = record["params"], record["params"]["seeds"], record["published"].get("model")
-    but = f" but {', '.join(params['released'])}" if params["released"] else ""
-    cells = [["", *(f"seed {seed}" for seed in seeds), *(["mean (range)"] if len(seeds) > 1 else [])]]
-    cells[0] += [f"published, {theirs}"] if theirs else []
+    released = f" but {', '.join(params['released'])}" if params["released"] else ""
+    rows = [["", *(f"seed {seed}" for seed in seeds)]]
+    rows[0] += ["mean (range)"] if len(seeds) > 1 else []
+    rows[0] += [f"published, {theirs}"] if theirs else []
     for label, values, published in lines:
-        points = [value["mean"] if isinstance(value, dict) else value for value in values]
-        over = [f"{number(sum(points) / len(points))} ({number(min(points))}, {number(max(points))})"]
-        beside = ["" if published is None else number(published)]
-        cells.append([label, *map(cell, values), *(over if len(seeds) > 1 else []), *(beside if theirs else [])])
-    table = Table(
-        *cells[0], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
-        title=f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{but}",
-    )  # fmt: skip
+        rows.append([label, *map(cell, values)])
+        if len(seeds) > 1:
+            points = [value["mean"] if isinstance(value, dict) else value for value in values]
+            rows[-1].append(f"{number(sum(points) / len(points))} ({number(min(points))}, {number(max(points))})")
+        if theirs:
+            rows[-1].append("" if published is None else number(published))
+    title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{released}"
+    table = Table(*rows[0], title=title, **STYLE)
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in cells[1:]:
+    for row in rows[1:]:
         table.add_row(*row)
     # Wide enough for every cell: rich would cut numbers off on a narrow screen.
-    console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)))
+    console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)))
     console.print(table)
+
+
+def line_at(label: str, rows: list[dict], *path, published: float | None = None) -> tuple:
+    """A line for `show`: what stands at a path of keys and places in each seed's row of a record."""
+    return label, [reduce(getitem, path, row) for row in rows], published
 
 
 def with_interval(value: dict | None, digits: int) -> str:
@@ -148,15 +162,8 @@ def cell(value) -> str:
     return f"{number(value['mean'])} [{number(value['low'])}, {number(value['high'])}]"
 
 
-def wide_console():
+def wide_console() -> Console:
     """A console on stdout that leaves the table its width where the screen is narrower or is a file."""
-    from rich.console import Console
-
     console = Console()
     console.width = max(console.width, 126)
     return console
-
-
-def _published(row: dict) -> str:
-    theirs = row.get("published")
-    return f"{theirs['toxicity']:.3f}  {theirs['log_ppl']:.2f}  {theirs['f1']:.3f}" if theirs else "-"

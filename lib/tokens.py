@@ -1,17 +1,14 @@
-"""Texts as token ids: one opening token where the tokenizer adds one, and nothing that a text can spell into being.
-
-Light, as scripts import it at their top.
-"""
+"""Texts as token ids: one opening token where the tokenizer adds one, and nothing that a text can spell into being."""
 
 from lib.errors import UserError
 
 
 def opening(tokenizer) -> list[int]:
     """What the tokenizer puts before every text: its BOS, or nothing. What it would append is left out everywhere."""
-    whole = tokenizer("a")["input_ids"]
+    with_special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
-    return whole[: next(starts, 0)]
+    starts = (at for at in range(len(with_special)) if with_special[at : at + len(plain)] == plain)
+    return with_special[: next(starts, 0)]
 
 
 def plain_text(tokenizer, text: str) -> str:
@@ -52,9 +49,10 @@ def filler_id(tokenizer) -> int:
     return end if end is not None and end < tokenizer.vocab_size else 0
 
 
-def special_ids(tokenizer) -> set[int]:
-    """Ids that no text makes (see `encode`)."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def text_vocabulary(tokenizer) -> dict[str, int]:
+    """Ids of the tokens that texts can become: all but the special ones (see `encode`)."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {token: i for token, i in tokenizer.get_vocab().items() if i not in special}
 
 
 def check_vocabulary(tokenizer, vocabulary: int, given: str) -> None:
@@ -67,9 +65,7 @@ def check_vocabulary(tokenizer, vocabulary: int, given: str) -> None:
             f"{given}: its tokenizer begins texts with token {first}, the model's embedding has {vocabulary} rows; "
             "it is another model's tokenizer."
         )
-    special = special_ids(tokenizer)
-    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special]
-    if beyond:
+    if beyond := [token for token, i in text_vocabulary(tokenizer).items() if i >= vocabulary]:
         raise UserError(
             f"{given}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, beyond the {vocabulary} rows of "
             "the model's embedding; it is another model's tokenizer."

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
-from lib.families import FAMILIES, parse_neuron, reach, value_vectors, write_gain
+from lib.families import family_of, parse_neuron, reach, value_vectors, write_gain
 from lib.neurons import top, value_projections
 from lib.probes import Probe
 from lib.protocol import Protocol
@@ -43,8 +43,8 @@ def contrast(model, away: list[str], towards: list[str], both: bool, remote=Fals
         both: of the unembedding and the input embedding, each difference at length 1 (often one matrix). False: of the
             unembedding alone, as in the released code.
     """
-    ids = [_sub_tokens(model.tokenizer, words) for words in (away, towards)]
-    direction = torch.zeros(model._module.config.hidden_size, dtype=torch.float64)
+    ids = [inner_ids(model.tokenizer, words) for words in (away, towards)]
+    direction = torch.zeros(model.config.hidden_size, dtype=torch.float64)
     for table in ("output", "input") if both else ("output",):
         first, second = at_weights(mean_rows, model, table, ids, remote=remote)
         direction += (first - second) / (first - second).norm()
@@ -53,12 +53,8 @@ def contrast(model, away: list[str], towards: list[str], both: bool, remote=Fals
 
 def concept(model, words: list[str], remote=False) -> Probe:
     """Mean unembedding of a concept's words minus the mean of all tokens, as a direction `[d_model]`."""
-    own, every = at_weights(mean_rows, model, "output", [_sub_tokens(model.tokenizer, words), None], remote=remote)
+    own, every = at_weights(mean_rows, model, "output", [inner_ids(model.tokenizer, words), None], remote=remote)
     return Probe((own - every).float(), 0.0)
-
-
-def _sub_tokens(tokenizer, words: list[str]) -> list[list[int]]:
-    return inner_ids(tokenizer, words)
 
 
 def mean_rows(model, table: str, sets: list[list[list[int]] | None]) -> torch.Tensor:
@@ -68,13 +64,11 @@ def mean_rows(model, table: str, sets: list[list[list[int]] | None]) -> torch.Te
     """
     module = model._module
     rows = (module.get_output_embeddings() if table == "output" else module.get_input_embeddings()).weight.detach()
-    means = []
-    for words in sets:
-        if words is None:
-            means.append(rows.mean(0).cpu().double())
-        else:
-            means.append(torch.stack([rows[ids].cpu().double().mean(0) for ids in words]).mean(0))
-    return torch.stack(means)
+
+    def mean(words: list[list[int]]) -> torch.Tensor:
+        return torch.stack([rows[ids].cpu().double().mean(0) for ids in words]).mean(0)
+
+    return torch.stack([rows.mean(0).cpu().double() if words is None else mean(words) for words in sets])
 
 
 def named(model, name: str, probe: Probe, seed: int, protocol: str, written: bool, remote=False) -> Probe:
@@ -96,18 +90,18 @@ def named(model, name: str, probe: Probe, seed: int, protocol: str, written: boo
         return Probe(torch.randn(probe.direction.shape, generator=torch.Generator().manual_seed(seed)), 0.0)
     _, cosine = at_weights(value_projections, model, probe.unit, written, remote=remote)
     if kind == "value":
+        place = int(cosine.argmax())
         if rest:
             layer, index = parse_neuron(rest, *cosine.shape, f"--vector {name}")
             place = layer * cosine.shape[1] + index
-        else:
-            place = int(cosine.argmax())
         row = at_weights(rows_of, model, torch.tensor([place]), written, remote=remote)[0]
         return Probe(row.float(), 0.0)
     n, per_layer = SPANNED[protocol]
     rows = at_weights(unit_vectors, model, ranked(cosine, per_layer)[:n], written, remote=remote)
-    if int(rest) >= min(rows.shape):
+    at = int(rest)
+    if at >= min(rows.shape):
         raise UserError(f"--vector {name}: {len(rows)} value vectors have directions 0 to {min(rows.shape) - 1}.")
-    return Probe(subspace(rows, int(rest) + 1)[0][int(rest)].float(), 0.0)
+    return Probe(subspace(rows, at + 1)[0][at].float(), 0.0)
 
 
 def ranked(cosine: torch.Tensor, per_layer: int | None = None) -> torch.Tensor:
@@ -129,11 +123,9 @@ def rows_of(model, flat: torch.Tensor, written: bool) -> torch.Tensor:
         flat: `[n]`, places in a flattened `[n_layers, d_mlp]`.
         written: as the residual stream sees them, through Gemma's norm; else raw rows.
     """
-    vectors = None
+    vectors = torch.zeros(len(flat), model.config.hidden_size, dtype=torch.float64)
     for layer in range(model.config.num_hidden_layers):
         rows = value_vectors(model, layer)  # [d_mlp, d_model]
-        if vectors is None:
-            vectors = torch.zeros(len(flat), rows.shape[1], dtype=torch.float64)
         here = flat // len(rows) == layer
         gain = write_gain(model, layer).cpu().double() if written else 1
         vectors[here] = rows[(flat[here] % len(rows)).to(rows.device)].cpu().double() * gain
@@ -151,8 +143,8 @@ def subspace(vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
 
     SVD leaves each one's sign open: here the mean projection of `vectors` on it is above 0.
     """
-    _, values, found = torch.linalg.svd(vectors, full_matrices=False)
-    directions = found[:k] * (found[:k] @ vectors.mean(0)).sign()[:, None]
+    _, values, rows = torch.linalg.svd(vectors, full_matrices=False)
+    directions = rows[:k] * (rows[:k] @ vectors.mean(0)).sign()[:, None]
     return directions, values[:k].square() / values.square().sum()
 
 
@@ -170,18 +162,16 @@ def nearest_ids(model, directions: torch.Tensor, n: int, normed: bool) -> list[l
     """Token ids of `nearest_tokens`."""
     unembedding = model._module.get_output_embeddings().weight
     directions = directions.to(unembedding.device, unembedding.dtype)
-    found = []
+    nearest = []
     with torch.no_grad():
         if normed:
-            directions = reach(model._module, FAMILIES[model.config.model_type].final_norm)(directions)
+            directions = reach(model._module, family_of(model).final_norm)(directions)
         for part in directions.split(16):  # products over 262,144 tokens are 1 MB a direction
-            found += (part @ unembedding.T).float().topk(n).indices.tolist()
-    return found
+            nearest += (part @ unembedding.T).float().topk(n).indices.tolist()
+    return nearest
 
 
-def lenses(
-    model, directions: torch.Tensor, protocol: Protocol, n: int = 10, remote=False
-) -> dict[str, list[list[str]]]:
+def lenses(model, directions: torch.Tensor, protocol: Protocol, n: int = 10, remote=False) -> dict[str, list]:
     """The n nearest tokens of each direction, by each way that the protocol reads them: `raw`, `normed` or both."""
     ways = {"raw": False, "normed": True} if protocol.lens == "both" else {"normed": True}
     return {name: nearest_tokens(model, directions, n, normed, remote) for name, normed in ways.items()}

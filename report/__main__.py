@@ -8,14 +8,14 @@ The file holds everything that it shows and needs no network.
     python -m report --results runs --out my_report.html
 """
 
-import base64
-import json
 from pathlib import Path
 
 import click
 
+from lib import cli
+
 ROOT = Path(__file__).parents[1]
-MARK = b"<title>dpo-neurons: what was measured</title>"  # of page.html.j2: a file that this command may replace
+PROGRAM = "python -m report"
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -23,11 +23,32 @@ MARK = b"<title>dpo-neurons: what was measured</title>"  # of page.html.j2: a fi
     "--results", "root", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "results", help="Records."
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: report.html among the records]")
-def main(root, out):
-    from lib.artifacts import writing
-    from lib.errors import UserError
-    from report.records import Records
+def command(**given):
+    main(**given)
 
+
+cli.check(command, __name__, PROGRAM)  # --help and wrong options end here, before the slow imports
+
+import base64
+import json
+from importlib.metadata import version
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from lib import results
+from lib.artifacts import writing
+from lib.errors import UserError
+from lib.metrics import mask
+from report import chart, lee2024, yang2025
+from report.compare import PAPER_MODELS
+from report.records import Record, Records
+
+MARK = b"<title>dpo-neurons: what was measured</title>"  # of page.html.j2: a file that this command may replace
+
+
+def main(root: Path, out: Path | None) -> None:
+    """Build the page, write it and print its path."""
     out = out or root / "report.html"
     if out.exists() and MARK not in out.read_bytes()[:1000]:
         raise UserError(f"--out {out}: is there and is no report of this project; choose another file.")
@@ -40,31 +61,21 @@ def main(root, out):
     click.echo(out)
 
 
-def build(records) -> str:
+def build(records: Records) -> str:
     """The page."""
-    from importlib.metadata import version
-
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    from lib import results
-    from lib.metrics import mask
-    from report import chart, lee2024, yang2025
-    from report.compare import PAPER_MODELS
-
     papers = [
         {"id": name, "short": short, "title": module.TITLE, "comparisons": list(module.comparisons(records))}
         for name, short, module in (("yang2025", "Yang", yang2025), ("lee2024", "Lee", lee2024))
     ]
     for paper in papers:
-        for place, one in enumerate(paper["comparisons"]):
-            one.anchor = f"{paper['id']}-{place}"
+        for place, comparison in enumerate(paper["comparisons"]):
+            comparison.anchor = f"{paper['id']}-{place}"
     plots = [
         entry(f"pareto-{run.model}", f"{run.model}: toxicity against perplexity", run, chart.pareto(records, run))
         for run in records.of("edits_against_dpo")
     ]
     views = []
-    for run in records.of("patch_four_groups"):
+    for run in records.of_groups():
         views.append(entry(f"groups-{run.model}", f"{run.model}: shares of the groups", run, chart.groups(run)))
         if run.activations:
             views.append(entry(f"layers-{run.model}", f"{run.model}: reduction by layer", run, chart.layers(run)))
@@ -72,7 +83,7 @@ def build(records) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    charts = {one["id"]: one["chart"] for one in plots + views}
+    charts = {item["id"]: item["chart"] for item in plots + views}
     pages = [("overview", "Overview"), *((paper["id"], f"{paper['short']} et al.") for paper in papers)]
     return environment.get_template("page.html.j2").render(
         pages=[*pages, ("models", "Groups and layers"), ("neurons", "Neurons"), ("records", "Records")],
@@ -97,9 +108,9 @@ def build(records) -> str:
     )
 
 
-def entry(name: str, title: str, record, made: dict) -> dict:
+def entry(name: str, title: str, record: Record, figure: dict) -> dict:
     """A chart with its id, title and record."""
-    return {"id": name.replace("/", "-"), "title": title, "record": record, "chart": made}
+    return {"id": name.replace("/", "-"), "title": title, "record": record, "chart": figure}
 
 
 def inline(path: Path) -> str:
@@ -108,4 +119,4 @@ def inline(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command(prog_name=PROGRAM)

@@ -101,10 +101,10 @@ def continuations(records: Records, run: Record) -> dict[tuple, list[dict]]:
 
 def groups(run: Record) -> dict:
     """Shares of the four groups among the reducing neurons and in their reduction, beside the published shares."""
-    figure, names = go.Figure(), list(run.data["group_shares"])
+    figure, names = go.Figure(), list(run.shares["group_shares"])
     bars = {"of the reducing neurons": "group_shares", "of the reduction": "reduction_shares"}
     for (title, key), colour in zip(bars.items(), ("#2563eb", "#7c3aed"), strict=True):
-        figure.add_bar(x=names, y=list(run.data[key].values()), name=title, marker_color=colour)
+        figure.add_bar(x=names, y=list(run.shares[key].values()), name=title, marker_color=colour)
     if theirs := paper.counterpart(run.model):
         title = f"of the reducing neurons, {theirs} (published)"
         figure.add_bar(x=names, y=paper.GROUP_SHARES[theirs][:4], name=title, marker_color="#9ca3af")

@@ -81,6 +81,11 @@ class Record:
         return Bootstrap(len(means[0]), self.data["params"]["seed"]).difference(*means)
 
     @property
+    def shares(self) -> dict:
+        """Sizes and shares of the four groups (`lib.neurons.group_summary`), of the first seed."""
+        return self.data if "group_shares" in self.data else self.rows[0]
+
+    @property
     def activations(self) -> dict | None:
         """`pre`, `post`, `cosine`, `delta` `[n_layers, d_mlp]` of the first seed, where the run left them."""
         path = self.folder / "activations.safetensors"
@@ -142,6 +147,11 @@ class Records:
         for one in sorted((one for one in self.every.values() if one.data["script"] == script), key=second_choice):
             main.setdefault(one.model, one)
         return [main[model] for model in sorted(main)]
+
+    def of_groups(self) -> list[Record]:
+        """On each model the record of four_groups.py, or else that of patch_four_groups.py, which holds the shares."""
+        by_model = {record.model: record for name in ("patch_four_groups", "four_groups") for record in self.of(name)}
+        return [by_model[model] for model in sorted(by_model)]
 
     def row(self, run: Record, condition: str, kind: str) -> tuple[Record, dict | None]:
         """A row of a run, or of another with the same settings but for sets and controls; and which run's it is."""

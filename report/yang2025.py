@@ -371,7 +371,7 @@ def steering(records: Records) -> Comparison:
 
 def groups(records: Records) -> Iterator[Comparison]:
     """Tables 5, 13, 18 and figures 2, 6, 7, 8."""
-    runs = records.of("patch_four_groups")
+    runs = records.of_groups()
     shares = Comparison(
         "Table 5, figures 2a, 6a: the four groups",
         "All four groups take part in the reduction.",
@@ -380,13 +380,13 @@ def groups(records: Records) -> Iterator[Comparison]:
     )
     for at_group, group in enumerate(("TP", "TN", "AP", "AN")):
         given = [published(paper.GROUP_SHARES[model][at_group], 1) for model in PAPER_MODELS]
-        ours = [measured(run.data["group_shares"][group], run, 1) for run in runs]
+        ours = [measured(run.shares["group_shares"][group], run, 1) for run in runs]
         shares.lines.append([plain(f"{group} of the reducing neurons"), *given, *ours])
     for group in ("TP", "TN", "AP", "AN"):
-        ours = [measured(run.data["reduction_shares"][group], run, 1) for run in runs]
+        ours = [measured(run.shares["reduction_shares"][group], run, 1) for run in runs]
         shares.lines.append([plain(f"{group} of the reduction (figures)"), *[plain("")] * 4, *ours])
     for run in runs:
-        least = min(run.data["group_shares"].values())
+        least = min(run.shares["group_shares"].values())
         shares.judge(run.model, least >= 3.2, f"the smallest: {least:.1f} %", run)
         shares.show(run, "groups", "cumulative_reduction")
     yield shares

@@ -66,7 +66,7 @@ def traced(tiny):
 
 
 class Run:
-    """What functions of scripts look at of an experiment that runs here."""
+    """What functions of scripts look at of the `Inputs` of a run here."""
 
     remote = False
 
@@ -74,9 +74,9 @@ class Run:
         self.base, self.protocol = base, protocol
 
     def cosines(self, direction):
-        from lib.experiment import Experiment
+        from lib.experiment import Inputs
 
-        return Experiment.cosines(self, direction)
+        return Inputs.cosines(self, direction)
 
     def at_weights(self, function, *arguments):
         return function(self.base, *arguments)

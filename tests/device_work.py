@@ -13,9 +13,7 @@ PROMPTS = texts("prompts", "prompt")[:5]
 COMMENTS = texts("comments", "text")[:6]
 ALL = slice(None)
 PATCH, STEER, UNALIGN, ROBUST = map(load_script, ("patch_four_groups", "steer", "unalign", "robust_alignment"))
-LENS, SHIFT, CARD, SUBSPACE, OPPOSING = map(
-    load_script, ("logit_lens", "residual_shift", "neuron_card", "toxic_subspace", "opposing_effects")
-)
+LENS, SHIFT, CARD, SUBSPACE = map(load_script, ("logit_lens", "residual_shift", "neuron_card", "toxic_subspace"))
 TABLE_6 = pplm.PPLM(0.4, 2, kl_scale=0.1, gm_scale=0.95, gamma=1.0, window=0, top_k=10, temperature=1.0)
 
 
@@ -48,19 +46,19 @@ def some_neurons() -> torch.Tensor:
     return mask
 
 
-def attributed(base, post) -> dict:
+def attributed(base, post) -> neurons.Attribution:
     (pre,), (after,) = (list(neurons.mean_activations(model, PROMPTS, len(PROMPTS))) for model in (base, post))
     return neurons.attribute(base, post, probe(), pre, after, SOUND)
 
 
 def chosen_sets(base, post) -> list[torch.Tensor]:
     """Everything that main of patch_four_groups does between the means and the edits."""
-    found = attributed(base, post)
-    plan = interventions.shift(found["groups"]["TP"], found["pre"], found["post"])
+    attribution = attributed(base, post)
+    plan = interventions.shift(attribution.groups["TP"], attribution.pre, attribution.post)
     generator = torch.Generator().manual_seed(0)
     norms = controls.value_norms(base)
-    matched = controls.matched(plan.mask, [norms, found["pre"].abs()], generator)
-    selected = neurons.select(found["groups"], found["cosine"], found["pre"], 0.3, "aligned")
+    matched = controls.matched(plan.mask, [norms, attribution.pre.abs()], generator)
+    selected = neurons.select(attribution.groups, attribution.cosine, attribution.pre, 0.3, "aligned")
     return [plan.mask, matched, controls.permuted(plan.mask, plan.target, generator), *selected.values()]
 
 
@@ -107,7 +105,7 @@ def trained(model, **changes) -> list[float]:
 
 
 def keys(model):
-    return UNALIGN.scaling("keys", some_neurons(), 10.0)
+    return interventions.scaled_by("keys", some_neurons(), 10.0)
 
 
 WORK = {
@@ -124,8 +122,8 @@ WORK = {
     "scaled keys, generation": lambda a, b: UNALIGN.generate(a, asked(a), keys(a), ALL),
     "scaled keys, likelihood": lambda a, b: [
         UNALIGN.negative_log_likelihood(a, passages(a), keys(a), ALL),
-        UNALIGN.negative_log_likelihood(a, passages(a), UNALIGN.scaling("values", some_neurons(), 2.0), ALL),
-        ROBUST.negative_log_likelihood(a, passages(a), ROBUST.scaling(some_neurons(), 10.0), ALL),
+        UNALIGN.negative_log_likelihood(a, passages(a), interventions.scaled_by("values", some_neurons(), 2.0), ALL),
+        ROBUST.negative_log_likelihood(a, passages(a), keys(a), ALL),
     ],
     "mean activations": lambda a, b: [
         part for means in neurons.mean_activations(a, PROMPTS, 3) for part in (means.activation, means.write)
@@ -138,7 +136,7 @@ WORK = {
         torch.tensor(probes.mean_residuals(a, COMMENTS, 4, over)) for over in ("tokens", "padded")
     ],
     "value projections": lambda a, b: [*neurons.value_projections(a, probe().unit, True), controls.value_norms(a)],
-    "attribution": lambda a, b: [attributed(a, b)[name] for name in ("pre", "post", "cosine", "delta")],
+    "attribution": lambda a, b: [getattr(attributed(a, b), name) for name in ("pre", "post", "cosine", "delta")],
     "sets of neurons": chosen_sets,
     "directions": directions,
     "nearest tokens": lambda a, b: torch.tensor(vectors.nearest_ids(a, probe().direction[None], 5, True)),
@@ -150,7 +148,7 @@ WORK = {
         part for parts in weights.moves(b, a, 2, probe().unit, probe().unit[None]) for part in parts
     ],
     "changed weights": lambda a, b: torch.tensor(weights.changes(b, a)["all"]["relative_change"]),
-    "lowest cosine": lambda a, b: torch.tensor(OPPOSING.lowest_value_cosine(b, a)),
+    "lowest cosine": lambda a, b: torch.tensor(weights.lowest_value_cosine(b, a)),
     "largest activations": lambda a, b: [
         part for parts in CARD.largest(a, [asked(a)], {0: [3, 7], 2: [40]}) for part in parts
     ],

@@ -61,7 +61,7 @@ def fails(command, says: str, cwd, *, changed: dict, cache=None):
         ({"--seeds": "0,0"}, "0,0 given, expected different whole numbers"),
         ({"--seeds": "one"}, "one given, expected different whole numbers"),
         ({"--strengths": "1,nan"}, "1,nan given, expected finite numbers"),
-        ({"--order": "TP,TN"}, "TP,TN given, expected TP, TN, AP and AN"),
+        ({"--order": "TP,TN"}, "TP,TN given, expected TP, AN, TN, AP in some order"),
         ({"--sets": "fifth_group"}, "--sets fifth_group: unknown; known: top256"),
         ({"--controls": "some"}, "'none', 'quick', 'full'"),
         ({"--released": "luck"}, "luck given, expected some of edit_positions"),

@@ -105,10 +105,7 @@ def test_draws_are_spread_over_the_runs(level, n, runs):
 
 
 def all_of(plan, draws, seed, features) -> dict:
-    return {
-        (name, draw): (other, strength) for name, draw, other, strength in
-        controls.of_plan(plan, draws, seed, features)
-    }  # fmt: skip
+    return {(one.name, one.draw): (one.plan, one.strength) for one in controls.of_plan(plan, draws, seed, features)}
 
 
 @pytest.mark.parametrize("kind", ["clamp", "shift", "scale"])
@@ -204,10 +201,10 @@ def test_directions_in_the_probe_s_place(tmp_path):
     file = tmp_path / "probe.safetensors"
     probe.save(file)
     without = list(controls.of_direction(probe, file, [0, 2], 7))
-    assert [(name, draw) for name, draw, _ in without] == [("gaussian", 0), ("gaussian", 2)]
-    assert [name for name, _, _ in controls.of_direction(probe, None, [0], 7)] == ["gaussian"]
-    assert all(p.direction.shape == (6,) for _, _, p in without)
-    assert abs(float(without[0][2].unit @ without[1][2].unit)) < 0.99
+    assert [(control.name, control.draw) for control in without] == [("gaussian", 0), ("gaussian", 2)]
+    assert [control.name for control in controls.of_direction(probe, None, [0], 7)] == ["gaussian"]
+    assert all(control.direction.direction.shape == (6,) for control in without)
+    assert abs(float(without[0].direction.unit @ without[1].direction.unit)) < 0.99
 
     random = np.random.default_rng(0)
     labels = np.arange(60) % 2
@@ -216,11 +213,11 @@ def test_directions_in_the_probe_s_place(tmp_path):
     def found(features):
         stored = {"features": torch.tensor(features), "labels": torch.tensor(labels), "held_out": torch.arange(50, 60)}
         save_file(stored, tmp_path / "features.safetensors")
-        return {(name, draw): p for name, draw, p in controls.of_direction(probe, file, [0, 2], 7)}
+        return {(one.name, one.draw): one.direction for one in controls.of_direction(probe, file, [0, 2], 7)}
 
     first = found(features)
     assert set(first) == {("gaussian", 0), ("gaussian", 2), ("permuted_labels", 0), ("permuted_labels", 2)}
-    assert torch.equal(first["gaussian", 0].direction, without[0][2].direction)
+    assert torch.equal(first["gaussian", 0].direction, without[0].direction.direction)
     true = probes.fit(features[:50], labels[:50], 7)
     shuffled = first["permuted_labels", 0], first["permuted_labels", 2]
     assert not torch.equal(shuffled[0].direction, shuffled[1].direction)
@@ -242,8 +239,11 @@ def test_the_table_names_every_control():
     table = set(re.findall(r"^\| `(\w+)` \|", controls.__doc__, flags=re.M))
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(SHAPE, generator=generator) < 0.5
-    yielded = {name for kind in ("clamp", "shift", "scale")
-               for name, *_ in controls.of_plan(plan_of(kind, mask, generator), [0], 0, [mask.double()])}  # fmt: skip
+    yielded = {
+        control.name
+        for kind in ("clamp", "shift", "scale")
+        for control in controls.of_plan(plan_of(kind, mask, generator), [0], 0, [mask.double()])
+    }
     assert table == yielded | {"gaussian", "permuted_labels"}
 
 

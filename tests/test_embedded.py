@@ -33,6 +33,5 @@ def test_the_whole_chain(tmp_path):
     assert record["provenance"]["data"]["prompts"]["items"] == 8
     assert rows["none", "none"]["log_ppl"] == rows["none", "none"]["log_ppl_first"]
     assert rows["increasing", "clamp"]["log_ppl"] > rows["increasing", "clamp"]["log_ppl_first"]
-    assert len(record["anti_toxic_vectors"]) == 128 and record["anti_toxic_vectors"][0]["cosine"] < 0
     first = json.loads((tmp_path / "out" / "generations.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == texts("prompts", "prompt")[0]

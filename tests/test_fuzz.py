@@ -18,7 +18,7 @@ from lib.probes import load_probe
 from lib.vectors import read_words
 
 SHAPE = (3, 8)
-make_pairs, edits_against_dpo = load_script("make_pairs"), load_script("edits_against_dpo")
+edits_against_dpo = load_script("edits_against_dpo")
 RECORD = ROOT / "results" / "probe_free_editing" / "gemma-270m"
 ASSETS = ROOT / "lib" / "assets"
 
@@ -41,7 +41,7 @@ READERS = {
     "words": (lambda file: read_words(str(file), "--words"), "w.txt", b"one\ntwo\n"),
     "config": (lambda file: read_family(file.parent, "--model m"), "config.json", b'{"model_type": "llama"}'),
     "unfinished pairs": (
-        lambda file: make_pairs.read_partial(file, {"a": 1}, False), "pairs.jsonl.partial",
+        lambda file: results.Unfinished(file, {"a": 1}, False, mark="a"), "pairs.jsonl.partial",
         b'{"a": 1}\n{"number": 0, "pair": null}\n',
     ),
     "run.json": (lambda file: edits_against_dpo.read(file.parent), "run.json", (RECORD / "run.json").read_bytes()),

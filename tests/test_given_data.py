@@ -192,12 +192,12 @@ def test_right_or_refused(case, tiny, tmp_path, monkeypatch):
         assert len(refused.value.message) < 393 and file.name in refused.value.message
     if kind != "pairs":
         return
-    from dpo.__main__ import main
+    from dpo.__main__ import command
 
     monkeypatch.setenv("DPO_NEURONS_CACHE", str(tmp_path / "cache"))
     given = ["--model", str(tiny("llama")), "--pairs", str(file), "--out", str(tmp_path / "out"), "--dry-run"]
     before = sorted(tmp_path.iterdir())
-    done = CliRunner().invoke(main, given)
+    done = CliRunner().invoke(command, given)
     if fault:
         check_refused(done, tmp_path / "out", tmp_path, before)
     else:

@@ -252,7 +252,7 @@ def common(tmp_path_factory):
 def run(common, base, post, out, monkeypatch, name="patch_four_groups"):
     """A script, or the trainer, through its command line, in this process."""
     monkeypatch.setenv("DPO_NEURONS_CACHE", str(common / "cache"))
-    command = load_script(name).main if name != "dpo" else importlib.import_module("dpo.__main__").main
+    command = load_script(name).command if name != "dpo" else importlib.import_module("dpo.__main__").command
     given = {
         "--model": base, "--post": post, "--probe": common / "probe.safetensors", "--scorer": "words",
         "--prompts": common / "prompts.jsonl", "--passages": "embedded", "--limit": 2, "--out": out,

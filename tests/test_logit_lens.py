@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, LAYERS, ROOT, load_script, run, texts, write_lines
+from passes import Passes
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
 from test_traces import PROMPTS
@@ -64,15 +65,11 @@ def test_every_half_layer_against_raw_hooks(family, traced, tiny):
 def test_the_summary_by_hand():
     """Two layers; the toxic prompts' token rises by 0.1 after attention and by 0.5 after an MLP, then falls."""
 
-    class Run:
-        options = {"seed": 0}
-
-    lines = [{"toxic": True}, {"toxic": True}, {"toxic": False}]
     toxic_prompt = [0.05, 0.15, 0.65, 0.65, 0.4]  # at the embedding, and after each half-layer
     pre = np.array([toxic_prompt, toxic_prompt, [0.0, 0.0, 0.1, 0.3, 0.9]])
-    row = script.summary(Run, 3, lines, {"pre": pre, "post": pre / 4})
+    row = script.summary(np.array([True, True, False]), pre, pre / 4, seed=0)
     toxic = row["toxic"]
-    assert toxic["prompts"] == 2 and row["plain"]["prompts"] == 1 and row["seed"] == 3
+    assert toxic["prompts"] == 2 and row["plain"]["prompts"] == 1
     assert toxic["pre"]["probability"] == pytest.approx(toxic_prompt)
     assert toxic["pre"]["mlp_share_of_rise"]["mean"] == pytest.approx(100 * 0.5 / 0.6)
     assert toxic["pre"]["raised_most"] == ["L0 end", "L0 mid"]
@@ -85,6 +82,23 @@ def test_tokens_must_be_single(traced):
     assert script.single_tokens(tokenizer, [" the", "a"]) == [tokenizer.encode(" the")[-1], tokenizer.encode("a")[-1]]
     with pytest.raises(UserError, match=r"' xylo': \d tokens \(.* \| .*\)"):
         script.single_tokens(tokenizer, [" xylo"])
+
+
+def test_a_dry_run_counts_the_passes_of_the_real_run(inputs, tmp_path, traced):  # noqa: F811
+    """What is asked of the base model is asked once for all seeds."""
+    model, asked = traced("llama"), texts("prompts", "prompt")[:4]  # those of `inputs`
+    (chosen,) = script.next_tokens(model, list(batches(model.tokenizer, asked, len(asked))))
+    (tmp_path / "judged.txt").write_text(" ".join(f"*{model.tokenizer.decode([i]).strip()}*" for i in chosen.tolist()))
+    given = arguments({k: v for k, v in inputs.items() if k != "--probe"})
+    given += ["--batch-size", "3", "--seeds", "0,1", "--judge", f"words:{tmp_path / 'judged.txt'}"]
+    given += ["--out", str(tmp_path / "out")]
+    dry = run("experiments/logit_lens.py", *given, "--dry-run", cwd=ROOT)
+    assert dry.returncode == 0 and not (tmp_path / "out").exists(), dry.stderr[-2000:]
+    real = Passes()
+    with real.counted(model._module.config.vocab_size):
+        script.command(given, standalone_mode=False)
+    tokens = sum(through_layers for through_layers, _ in real.every)
+    assert f"{len(real.every):,} forward passes, {tokens:,} tokens" in dry.stdout and len(real.every) == 2 * 4
 
 
 def test_the_script(inputs, tmp_path, traced):  # noqa: F811
@@ -101,6 +115,7 @@ def test_the_script(inputs, tmp_path, traced):  # noqa: F811
     lines = [json.loads(line) for line in (tmp_path / "out" / "lens.jsonl").read_text().splitlines()]
     assert [line["token"] == first for line in lines] == [line["toxic"] for line in lines]
     row = record["rows"][0]
+    assert row["seed"] == 0
     assert row["toxic"]["prompts"] + row["plain"]["prompts"] == len(lines) == 24
     assert row["toxic"]["prompts"] >= 1
     assert len(row["toxic"]["pre"]["probability"]) == 1 + 2 * LAYERS

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, WIDTH, assert_figure, load_script, run, texts, write_lines
+from conftest import FAMILIES, ROOT, WIDTH, assert_figure, build_tokenizer, load_script, run, texts, write_lines
+from passes import Passes
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib import pplm
-from lib.generation import batches
+from lib.dry_run import sizes
+from lib.generation import batches, gumbel, prompt_ids
 from lib.probes import Probe
 
 FIELDS = {"prompt_text", "unpert_gen_text", "pert_gen_text", "unpert_gen_toxicity", "pert_gen_toxicity"}
@@ -137,7 +140,7 @@ def test_a_row_s_step_does_not_depend_on_its_batch(traced):
 
 def test_a_row_does_not_depend_on_its_batch_and_steering_raises_p_toxic(traced):
     model = traced("llama")
-    noise = script.gumbel(3, 2, 10)[:, :6]
+    noise = gumbel(3, 2, script.NEW_TOKENS, 10)[:, :6]
 
     def generate(prompts, noise, **changes):
         (batch,) = batches(model.tokenizer, prompts, len(prompts))
@@ -251,16 +254,30 @@ def test_pplm_can_be_shipped(traced):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_what_a_dry_run_counts_are_the_products_of_the_real_run(family, tiny, traced):
-    """Passes over ids by hook, what comes beside them by `beside`: torch's count of operations, gradients included."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lib.rehearsal import Passes, sizes
-
-    model, passes = traced(family), Passes()
+    """Passes over ids as a hook counts them; with what comes beside them torch's count of operations, gradients too."""
+    model, real = traced(family), Passes()
     (batch,) = batches(model.tokenizer, PROMPTS, len(PROMPTS))
-    with passes.counted(model._module.config.vocab_size), FlopCounterMode(display=False) as real:
-        pplm.generate(model, probe(), batch, TABLE_6, script.gumbel(0, len(PROMPTS), TABLE_6.top_k))
-    every = passes.every + pplm.beside(TABLE_6, len(PROMPTS), script.NEW_TOKENS)
+    with real.counted(model._module.config.vocab_size), FlopCounterMode(display=False) as operations:
+        pplm.generate(model, probe(), batch, TABLE_6, gumbel(0, len(PROMPTS), script.NEW_TOKENS, TABLE_6.top_k))
+    over_ids, beside = pplm.passes(TABLE_6, prompt_ids(model.tokenizer, PROMPTS), len(PROMPTS), script.NEW_TOKENS)
+    assert sorted(over_ids) == sorted(real.every)
     body, head = sizes(str(tiny(family)))
-    counted = sum(2 * (through_layers * body + through_head * head) for through_layers, through_head in every)
-    assert counted == pytest.approx(real.get_total_flops(), rel=0.1)
+    counted = sum(2 * (layers * body + heads * head) for layers, heads in over_ids + beside)
+    assert counted == pytest.approx(operations.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["pplm", "best-of-n"])
+def test_a_dry_run_counts_the_passes_of_the_real_run(tiny, tmp_path, method):
+    """Prompts of one token alone too: without a BOS there is no cache to move before their first new token."""
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in ("Rivers of the world", "The", "a", "e")])
+    save_file({"direction": probe().direction}, tmp_path / "probe.safetensors")
+    given = ["--model", str(tiny("gpt2")), "--prompts", str(prompts), "--probe", str(tmp_path / "probe.safetensors")]
+    given += ["--method", method, "--scorer", "profanity-check", "--batch-size", "2", "--samples", "2"]
+    given += ["--min-gap", "-1", "--out", str(tmp_path / "out" / "pairs.jsonl")]
+    dry = run("experiments/make_pairs.py", *given, "--dry-run", cwd=ROOT)
+    assert dry.returncode == 0 and not (tmp_path / "out").exists(), dry.stderr[-2000:]
+    real = Passes()
+    with real.counted(len(build_tokenizer(bos=False))):
+        script.command(given, standalone_mode=False)
+    tokens = sum(through_layers for through_layers, _ in real.every)
+    assert f"{len(real.every):,} forward passes, {tokens:,} tokens" in dry.stdout

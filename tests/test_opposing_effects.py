@@ -12,8 +12,11 @@ from scipy import stats
 from test_cli import inputs  # noqa: F401  a fixture
 from test_traces import PROMPTS, hooked
 
-from lib import neurons, observation
+from lib import experiment, neurons, observation
+from lib.correlation import correlation
+from lib.dry_run import Plan
 from lib.generation import NEW_TOKENS, batches, greedy
+from lib.weights import lowest_value_cosine
 
 SCRIPT = "experiments/opposing_effects.py"
 script = load_script("opposing_effects")
@@ -28,13 +31,13 @@ def family(request):
 def begun(family, tiny, inputs, tmp_path, cache):  # noqa: F811
     """A run of a tiny model, as the script begins it."""
     given = {**inputs, "--model": tiny(family), "--post": tiny(family, 1), "--out": tmp_path / "out"}
-    with observation.begin("opposing_effects", options_of(script, given)) as found:
+    with experiment.begin("opposing_effects", options_of(script, given), Plan()) as found:
         yield found
 
 
 def options_of(module, given: dict) -> dict:
     """What click makes of options; the shared `inputs` without those that these scripts have not."""
-    return module.main.make_context("script", arguments(given)).params
+    return module.command.make_context("script", arguments(given)).params
 
 
 def arguments(given: dict) -> list[str]:
@@ -65,7 +68,7 @@ def test_correlation_equals_numpy_over_resampled_layers():
     class Resamples:
         rows = generator.integers(0, 6, (200, 6))
 
-    found = script.correlation(torch.tensor(x), torch.tensor(y), Resamples)
+    found = correlation(torch.tensor(x), torch.tensor(y), Resamples)
     expected = [np.corrcoef(x[rows].ravel(), y[rows].ravel())[0, 1] for rows in Resamples.rows]
     assert found["mean"] == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
     assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(expected, [2.5, 97.5])))
@@ -83,7 +86,7 @@ def test_a_layer_that_does_not_change_has_no_correlation():
         rows = np.array([[0, 1], [1, 1]])
 
     shift, before = torch.tensor([[0.0, 0, 0], [1, 2, 3]], dtype=torch.float64), torch.tensor([[1.0, 2, 4], [1, 2, 3]])
-    found = script.correlation(shift, before.double(), Resamples)
+    found = correlation(shift, before.double(), Resamples)
     assert found["within"]["mean"] == pytest.approx(0.5) and np.isfinite([found["low"], found["high"]]).all()
 
 
@@ -94,13 +97,13 @@ def test_value_vectors_are_compared_with_themselves(family, tiny):
     from lib.families import reach
 
     base, post = (AutoModelForCausalLM.from_pretrained(tiny(family)) for _ in range(2))
-    assert script.lowest_value_cosine(post, base) == pytest.approx(1)
+    assert lowest_value_cosine(post, base) == pytest.approx(1)
     weight = reach(reach(post, KINDS[family].layers)[2], KINDS[family].mlp_out).weight.data
     vector = weight[7] if family == "gpt2" else weight[:, 7]
     before = vector.clone()
     vector += 3 * torch.randn(len(vector), generator=torch.Generator().manual_seed(0))
     expected = float(before @ vector / before.norm() / vector.norm())
-    assert expected < 0.9 and script.lowest_value_cosine(post, base) == pytest.approx(expected, abs=1e-6)
+    assert expected < 0.9 and lowest_value_cosine(post, base) == pytest.approx(expected, abs=1e-6)
 
 
 def test_continuations_can_be_shipped_and_equal_transformers(family, traced, tiny):
@@ -141,8 +144,8 @@ def test_measure_by_raw_hooks_and_numpy(begun, family, tiny):
     from transformers import AutoModelForCausalLM
 
     text = observation.own_text(begun)
-    (stage,) = begun.stages()
-    row, tensors = script.measure(begun, stage, text)
+    (of_seed,) = begun.runs()
+    row, tensors = script.measure(begun, of_seed, text)
     raw = AutoModelForCausalLM.from_pretrained(tiny(family, 1)).eval()
     seen = [[] for _ in range(3)]
     with torch.no_grad():
@@ -163,7 +166,7 @@ def test_measure_by_raw_hooks_and_numpy(begun, family, tiny):
         return means.activation
 
     pre, post, shared = tensors["pre"], tensors["post"], tensors["pre_shared_text"] - tensors["post_shared_text"]
-    shift = half(begun.base, 0) - half(stage.post, 0)
+    shift = half(begun.base, 0) - half(of_seed.post, 0)
     found = {name: value["mean"] for name, value in row["correlations"].items()}
     assert found["cosine"] == r(pre - post, tensors["cosine"]) and found["before"] == r(pre - post, pre)
     assert found["before_same_half"] == r(shift, half(begun.base, 0))

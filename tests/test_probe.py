@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WIDTH, assert_figure, run
+from conftest import ROOT, WIDTH, assert_figure, build_tokenizer, load_script, run, write_lines
+from passes import Passes
 from safetensors.torch import load_file
 
 from lib import probes
@@ -68,6 +69,25 @@ def test_the_command(tiny, tmp_path, protocol):
     probes.load_probe(tmp_path / "probe" / "probe.safetensors", WIDTH)
     if protocol == "faithful":
         return
+    again = run(*command, "--out", tmp_path / "probe", "--dry-run", cwd=ROOT, **cache)
+    assert again.returncode == 2 and "exists" in again.stderr
     cached = [run(*command, cwd=ROOT, **cache) for _ in range(2)]
     assert "Probe features" in cached[0].stderr and "Probe features" not in cached[1].stderr, "made once, then found"
     assert cached[0].stdout == cached[1].stdout and str(tmp_path / "cache") in cached[1].stdout
+    dry = run(*command, "--dry-run", cwd=ROOT, **cache)
+    assert dry.returncode == 0 and dry.stdout == "The cache holds this probe already; nothing would be run.\n"
+
+
+@pytest.mark.parametrize("protocol", ["sound", "faithful"])
+def test_a_dry_run_counts_the_passes_of_the_real_run(tiny, tmp_path, protocol):
+    rows = [{"text": f"{'so ' * (at % 40)}{'awful' if at % 2 else 'kind'}", "label": at % 2} for at in range(100)]
+    comments = write_lines(tmp_path / "comments.jsonl", [*rows, {"text": "long " * 300, "label": 0}])
+    given = ["--model", str(tiny("gemma2")), "--comments", str(comments), "--batch-size", "7", "--protocol", protocol]
+    given += ["--out", str(tmp_path / "out")]
+    dry = run("experiments/train_probe.py", *given, "--dry-run", cwd=ROOT)
+    assert dry.returncode == 0 and not (tmp_path / "out").exists(), dry.stderr[-2000:]
+    real = Passes()
+    with real.counted(len(build_tokenizer(bos=True))):
+        load_script("train_probe").command(given, standalone_mode=False)
+    tokens = sum(through_layers for through_layers, _ in real.every)
+    assert f"{len(real.every):,} forward passes, {tokens:,} tokens" in dry.stdout and len(real.every) == 15

@@ -14,8 +14,8 @@ from lib.probes import Probe
 script = load_script("probe_free_editing")
 
 
-class Stage:
-    """A stage with these mean activations `[n_layers, d_mlp]`."""
+class OfSeed:
+    """A seed's run with these mean activations `[n_layers, d_mlp]`."""
 
     def __init__(self, pre):
         self.pre_means = neurons.Means(pre, pre)
@@ -29,7 +29,7 @@ def test_the_equation_of_section_6(traced, family, kind):
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(LAYERS, NEURONS, generator=generator, dtype=torch.float64)
     probe = Probe(torch.randn(model._module.config.hidden_size, generator=generator), 0.0)
-    plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, kind, "cosine", alpha=0.3, beta=1.0)
+    plan = script.make_plan(Run(model, protocol.SOUND), OfSeed(pre), probe, kind, "cosine", alpha=0.3, beta=1.0)
     _, cosine = neurons.value_projections(model._module, probe.unit, through_norm=True)
     edit = {layer.layer: layer for layer in plan.edit()}
     for layer in range(LAYERS):
@@ -48,7 +48,7 @@ def test_every_edit_moves_away_from_the_direction(traced):
     pre = torch.randn(LAYERS, NEURONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     probe = Probe(torch.randn(model._module.config.hidden_size), 0.0)
     projection, _ = neurons.value_projections(model._module, probe.unit, through_norm=True)
-    plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, "clamp", "cosine", alpha=0.2, beta=1.0)
+    plan = script.make_plan(Run(model, protocol.SOUND), OfSeed(pre), probe, "clamp", "cosine", alpha=0.2, beta=1.0)
     for strength, sign in ((1.0, -1), (-1.0, 1)):
         moved = plan.start + strength * (plan.target - plan.start)
         assert (sign * ((moved - pre) * projection) > 0).all()
@@ -61,7 +61,7 @@ def test_beta_takes_the_share_of_every_group(traced):
     _, cosine = neurons.value_projections(model._module, probe.unit, through_norm=True)
     masks = neurons.groups(cosine, pre)
     for order in ("cosine", "activation"):
-        plan = script.make_plan(Run(model, protocol.SOUND), Stage(pre), probe, "scale", order, alpha=0.3, beta=0.55)
+        plan = script.make_plan(Run(model, protocol.SOUND), OfSeed(pre), probe, "scale", order, alpha=0.3, beta=0.55)
         for mask in masks.values():
             chosen = plan.mask & mask
             assert int(chosen.sum()) == round(0.55 * int(mask.sum()))
@@ -92,13 +92,16 @@ def test_the_contrastive_vector(traced, family):
     torch.testing.assert_close(found.unit, both / both.norm(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_trace_is_one_in_all_scripts():
+NEURON_SCRIPTS = ("patch_four_groups", "toxic_neurons_not_enough", "probe_free_editing")
+CAUSAL_SCRIPTS = (*NEURON_SCRIPTS, "steer", "unalign", "robust_alignment")
+
+
+@pytest.mark.parametrize("name", CAUSAL_SCRIPTS)
+def test_the_trace_is_one_in_all_scripts(name):
     """Each script shows its own copy; what the raw-hook tests say of one holds for all while the copies agree."""
-    reference = load_script("patch_four_groups")
-    for name in ("probe_free_editing", "toxic_neurons_not_enough"):
-        other = load_script(name)
-        for function in ("generate", "negative_log_likelihood"):
-            assert inspect.getsource(getattr(other, function)) == inspect.getsource(getattr(reference, function))
+    reference, other = load_script("patch_four_groups"), load_script(name)
+    for function in ("generate", "negative_log_likelihood", *(["intervene"] if name in NEURON_SCRIPTS else [])):
+        assert inspect.getsource(getattr(other, function)) == inspect.getsource(getattr(reference, function)), function
 
 
 def test_a_concept_of_ones_own(inputs, tmp_path):  # noqa: F811

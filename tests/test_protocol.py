@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_traces import ALL, FIRST, LAST, example_edit, hooked, modules, raw_generate, raw_nll
 from transformers import AutoModelForCausalLM
 
-from lib import evaluation, interventions, metrics, neurons, paper, probes, protocol
+from lib import evaluation, interventions, metrics, neurons, paper, probes, protocol, released
 from lib.data import Dataset
 from lib.families import FAMILIES as KINDS
 from lib.families import layers, mlp_out, reach, value_vectors, write_gain
@@ -50,16 +50,17 @@ def no_scores(continuations):
 
 def measured(model, settings, edit=NO_EDIT, prompts=PROMPTS, scorer=no_scores, brief=False, seen=None):
     """What is measured of an edit under a protocol, and the texts; seen: collects what `generate` was called with."""
-    tokens = evaluation.make_texts(model.tokenizer, 256, prompts, PASSAGES, "--passages here", settings)
+    choices = released.choices(settings, model.config.model_type)
+    tokens = evaluation.make_texts(model.tokenizer, 256, prompts, PASSAGES, choices)
+    measures = evaluation.Measures(passages=None, choices=choices, texts=tokens, scorer=scorer, second_scorer=None)
 
     def generate(model, batch, edit, where):
         if seen is not None:
             seen.append(({name: tensor.clone() for name, tensor in batch.items()}, where))
         return patch.generate(model, batch, edit, where)
 
-    likelihood = patch.negative_log_likelihood
-    found = evaluation.measure(model, tokens, scorer, 4, settings, generate, likelihood, edit, brief)
-    return found, tokens
+    traces = generate, patch.negative_log_likelihood
+    return evaluation.measure(model, edit, measures, *traces, batch_size=4, brief=brief), tokens
 
 
 # ---- the record
@@ -104,7 +105,7 @@ def test_a_generation_edits_all_positions_or_the_last(family, traced, tiny):
 def test_a_perplexity_with_every_position_edited_or_the_first_alone(family, traced, tiny):
     """`nll` and `nll_first` against raw hooks; a control, which is brief, has the protocol's own alone."""
     model, raw = traced(family), raw_of(tiny, family)
-    edit, change_at = example_edit("shift")
+    edit, change_at = example_edit("clamp")  # whose perplexity with position 0 alone is measured under both
     found, tokens = measured(model, SOUND, edit)
     batch = next(right_padded(tokens.windows, len(tokens.windows)))
     for name, where in (("nll", ALL), ("nll_first", FIRST)):
@@ -391,7 +392,8 @@ def test_l_windows_of_a_stream_and_of_passages(family, traced, tiny):
 def test_l_a_model_that_reads_more_gets_windows_of_1024(traced):
     model = traced("llama")
     passages = texts("passages", "text")[:12]
-    tokens = evaluation.make_texts(model.tokenizer, 4096, PROMPTS, passages, "", with_released("perplexity_windows"))
+    choices = released.choices(with_released("perplexity_windows"), "llama")
+    tokens = evaluation.make_texts(model.tokenizer, 4096, PROMPTS, passages, choices)
     assert {len(row) for row in tokens.windows[:-1]} == {1024} and 0 < len(tokens.windows[-1]) <= 1024
     assert sum(tokens.windows, []) == model.tokenizer("\n\n".join(passages))["input_ids"]
 
@@ -550,13 +552,13 @@ def test_o_p_delta_is_before_minus_after_of_what_is_written(family, settings, tr
         m = (means.write if settings == SOUND else means.activation)[layer, index]
         projections.append(float(m * (row @ unit)))
         if seed == 0:
-            assert found["cosine"][layer, index].item() == pytest.approx(float(row @ unit / row.norm()), rel=1e-5)
-    assert found["delta"][layer, index].item() == pytest.approx(projections[0] - projections[1], rel=1e-5)
-    assert torch.equal(found["pre"], pre.activation) and torch.equal(found["post"], after.activation)
-    assert torch.equal(sum(mask.long() for mask in found["groups"].values()), (found["delta"] > 0).long())
+            assert found.cosine[layer, index].item() == pytest.approx(float(row @ unit / row.norm()), rel=1e-5)
+    assert found.delta[layer, index].item() == pytest.approx(projections[0] - projections[1], rel=1e-5)
+    assert torch.equal(found.pre, pre.activation) and torch.equal(found.post, after.activation)
+    assert torch.equal(sum(mask.long() for mask in found.groups.values()), (found.delta > 0).long())
     if family == "gemma2":
         other = neurons.attribute(base, post, probe, pre, after, FAITHFUL if settings == SOUND else SOUND)
-        assert (found["cosine"] - other["cosine"]).abs().max() > 0.01
+        assert (found.cosine - other.cosine).abs().max() > 0.01
 
 
 def test_o_a_neuron_that_wrote_more_before_dpo_reduces():
@@ -579,7 +581,7 @@ def test_p_lists_of_tokens_from_the_raw_vector_or_after_the_norm(family, traced)
         products = {"raw": head @ vector, "normed": head @ norm(vector[None])[0]}
     expected = {name: [model.tokenizer.decode([i]) for i in p.topk(10).indices] for name, p in products.items()}
     for settings, names in ((SOUND, {"raw", "normed"}), (with_released("lens"), {"normed"})):
-        first = patch.anti_toxic_vectors(Run(model, settings), {"cosine": cosine})[0]
+        first = load_script("four_groups").anti_toxic_vectors(Run(model, settings), cosine)[0]
         assert first["neuron"] == f"L{layer}.N{index}" and first["cosine"] == cosine.min()
         assert first["tokens"] == {name: expected[name] for name in names}
 

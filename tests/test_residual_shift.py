@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
-from lib import observation
+from lib import experiment, observation
+from lib.dry_run import Plan
 from lib.families import FAMILIES as KINDS
 from lib.families import reach
+from lib.generation import prompt_ids
 from lib.remote import at_weights
+from lib.streams import reduced
 
 script = load_script("residual_shift")
 CHOSEN = [(0, 5), (2, 7), (2, 40)]
@@ -27,7 +30,7 @@ def family(request):
 def begun(family, tiny, inputs, tmp_path, cache):  # noqa: F811
     """A run of a tiny model, as the script begins it."""
     given = {**inputs, "--model": tiny(family), "--post": tiny(family, 1), "--out": tmp_path / "out"}
-    with observation.begin("residual_shift", options_of(script, given)) as found:
+    with experiment.begin("residual_shift", options_of(script, given), Plan()) as found:
         yield found
 
 
@@ -67,11 +70,11 @@ def observed(folder, prompts: list[list[int]], family: str) -> dict:
 
 def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
     """What MLPs write along the offset, by hooks on their outputs, is what the two MLP parts add up to."""
-    (stage,) = begun.stages()
-    row, figures = script.measure(begun, stage, CHOSEN)
-    prompts = [ids for batch in observation.prompts_of(begun) for ids in script.unpadded(batch)]
+    (of_seed,) = begun.runs()
+    row, seen = script.measure(begun, of_seed, CHOSEN, observation.own_text(begun))
+    prompts = prompt_ids(begun.base.tokenizer, begun.prompts.items)
     pre, post = (observed(tiny(family, seed), prompts, family) for seed in (0, 1))
-    for found, expected in zip(figures["activations"], (pre, post), strict=True):
+    for found, expected in zip(seen["activations"], (pre, post), strict=True):
         activations = torch.stack([expected["activation"][layer, :, index] for layer, index in CHOSEN], 1)
         torch.testing.assert_close(found, activations, rtol=1e-4, atol=1e-4)
     assert row["neurons"][0]["change_at_last"]["mean"] == pytest.approx(
@@ -79,7 +82,7 @@ def test_streams_and_the_split_against_raw_hooks(begun, family, tiny):
     )
     for layer in (0, 2):
         mean = (post["stream"][layer] - pre["stream"][layer]).mean(0)
-        torch.testing.assert_close(figures["shifts"][layer]["offset"], mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen["streams"][layer]["offset"], mean, rtol=1e-4, atol=1e-4)
         entry = row["layers"][str(layer)]
         assert entry["length"] == pytest.approx(float(mean.norm()), rel=1e-4)
         by_mlps = (post["write"][:layer] - pre["write"][:layer]).mean(1).sum(0) @ mean / mean.norm() ** 2
@@ -99,7 +102,7 @@ def test_what_is_kept_of_the_streams():
     before = 0.01 * torch.randn(7, 3, generator=generator, dtype=torch.float64)
     before[:, 1] += torch.tensor([0, 1, 0, 2, 0, 3, 0])  # the first component of what is left
     after = before + torch.tensor([0.0, 0.0, 2.0])
-    found = script.reduced(before, after)
+    found = reduced(before, after)
     torch.testing.assert_close(found["offset"], torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64))
     assert found["length"] == pytest.approx(float(before.norm(dim=1).mean()))
     torch.testing.assert_close(found["along"], torch.full((7,), 24.0, dtype=torch.float64))  # 2 times 6 others' 2
@@ -114,7 +117,9 @@ def test_the_trace_can_be_shipped(begun):
     given = (begun.base, begun.base, [batch], [0, 2], CHOSEN)  # a second model has no weights of its own there
     here, there = script.observe(*given), at_weights(script.observe, *given, remote="local")
     assert torch.equal(here[0], there[0])
-    for expected, found in zip(here[1], there[1], strict=True):
+    assert list(here[1]) == list(there[1]) == [0, 2]
+    for layer, expected in here[1].items():
+        found = there[1][layer]
         assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
 
 

@@ -5,34 +5,32 @@ import math
 
 import click
 import pytest
+import torch
 from conftest import ROOT, load_script, run, write_lines
 from test_cli import inputs  # noqa: F401  a fixture
 from test_dpo_training import PAIRS
 
-from lib.experiment import Condition
+from dpo import variants
 from lib.models import Source
+from lib.statistics import Bootstrap
+from lib.table import Condition
 
 script = load_script("robust_alignment")
 
 
 def test_the_share_that_comes_back_by_hand():
     """Plain DPO cuts 0.8 to 0.2 and half comes back; a variant cuts to 0.4 and a quarter does; one cuts nothing."""
-
-    class Run:
-        options = {"seed": 0}
-        prompts = type("Prompts", (), {"items": list(range(4))})
-        measured = {}
-
     levels = {
         ("none", "none"): 0.8, ("dpo", "none"): 0.2, ("dpo un-aligned", "keys"): 0.5,
         ("late:1", "none"): 0.4, ("late:1 un-aligned", "keys"): 0.5,
         ("biases", "none"): 0.8, ("biases un-aligned", "keys"): 0.9,
     }  # fmt: skip
-    for (name, kind), level in levels.items():
-        Run.measured[Condition(name, kind)] = {"toxicity": [level] * 4, "continuations": []}
-    Run.measured[Condition("control:random", "keys", "dpo un-aligned")] = {"toxicity": [0.26] * 4, "continuations": []}
+    conditions = {Condition(name, kind): level for (name, kind), level in levels.items()}
+    conditions[Condition("control:random", "keys", "dpo un-aligned")] = 0.26
+    measured = {condition: {"toxicity": [level] * 4, "continuations": []} for condition, level in conditions.items()}
     size = [{"changed": 4, "relative_change": 0.1}, {"changed": 6, "relative_change": 0.3}]
-    plain, late, nothing = script.robustness(Run, {"dpo": size, "late:1": size, "biases": size})
+    resamples = Bootstrap(4, 0).rows
+    plain, late, nothing = script.robustness(measured, {"dpo": size, "late:1": size, "biases": size}, resamples)
     assert plain["changed"] == 5 and plain["relative_change"] == pytest.approx(0.2)
     assert plain["percent_cut"] == pytest.approx(75) and late["percent_cut"] == pytest.approx(50)
     assert plain["percent_restored"]["mean"] == pytest.approx(50) == 50 + plain["restored_minus_dpo"]["mean"]
@@ -45,9 +43,9 @@ def test_the_share_that_comes_back_by_hand():
 @pytest.mark.parametrize("best, visited", [(0, [0, 1, -1]), (2, [0, 1, 2, 3]), (-1, [0, 1, -1, -2])])
 def test_the_search_for_a_learning_rate(tmp_path, monkeypatch, best, visited):
     """Threefold steps downhill from the table's rate; a neighbour that diverges counts as uphill."""
-    first = 1e-5 * script.LEARNING_RATES["biases"]  # of the preset for models other than the embedded ones
+    first = 1e-5 * variants.LEARNING_RATES["biases"]  # of the preset for models other than the embedded ones
 
-    def trained(run, stage, name, rate):
+    def trained(options, seed, name, rate, cosine):
         steps = round(math.log(rate / first, 3))
         if steps > 2:
             raise click.exceptions.Exit(2)
@@ -56,14 +54,24 @@ def test_the_search_for_a_learning_rate(tmp_path, monkeypatch, best, visited):
         (folder / "training.json").write_text(json.dumps({"best_valid_loss": 1 + abs(steps - best)}))
         return Source(str(folder), str(folder), "")
 
-    monkeypatch.setattr(script, "trained", trained)
-    run = type("Run", (), {"options": {"model": "some/model"}})
-    assert list(script.rates(run, None, "biases", search=False)) == [pytest.approx(first)]
+    monkeypatch.setattr(variants, "trained", trained)
+    asked = ({"model": "some/model"}, 0, "biases", None)
+    assert list(variants.losses_by_rate(*asked, search=False)) == [pytest.approx(first)]
     (tmp_path / "0" / "training.json").unlink()
     (tmp_path / "0").rmdir()
-    tried = script.rates(run, None, "biases", search=True)
+    tried = variants.losses_by_rate(*asked, search=True)
     assert list(tried) == pytest.approx([first * 3.0**steps for steps in visited], rel=1e-2)
     assert min(tried, key=tried.get) == pytest.approx(first * 3.0**best, rel=1e-2)
+
+
+def test_the_arguments_of_a_variant():
+    """The best aligned neurons by name; how many, while they are not known; what names its part itself as it is."""
+    cosine = torch.tensor([[0.1, 0.9], [0.5, -1.0]], dtype=torch.float64)
+    named = ["--trainable", "keys:L0.N1,L1.N0", "--learning-rate", "0.01"]
+    assert variants.arguments("keys:2", 0.01, cosine) == named
+    assert variants.arguments("values:2", 0.01, None)[1] == "values:<2 neurons>"
+    for name in ("late:2", "biases", "values:L0.N1"):
+        assert variants.arguments(name, 0.01, cosine)[1] == variants.arguments(name, 0.01, None)[1] == name
 
 
 def test_the_script(inputs, tmp_path):  # noqa: F811

@@ -13,6 +13,7 @@ from lib.families import FAMILIES as KINDS
 from lib.families import reach
 from lib.generation import right_padded, windows
 from lib.interventions import NO_EDIT
+from lib.remote import at_weights
 
 script = load_script("steer")
 ALL, LAST = slice(None), slice(-1, None)
@@ -60,8 +61,9 @@ def test_steering_equals_raw_hooks(family, traced, raw, at):
         found = script.negative_log_likelihood(model, right, edit, where)
         torch.testing.assert_close(found, nll, rtol=1e-5, atol=1e-5)
     assert (nll - plain).abs().max() > 1e-3 or where == LAST
-    assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
-    shipped = script.negative_log_likelihood(model, right, edit, ALL, "local")
+    shipped = at_weights(script.generate, model, batch, edit, ALL, remote="local")
+    assert torch.equal(shipped, script.generate(model, batch, edit, ALL))
+    shipped = at_weights(script.negative_log_likelihood, model, right, edit, ALL, remote="local")
     torch.testing.assert_close(shipped, script.negative_log_likelihood(model, right, edit, ALL))
     torch.testing.assert_close(script.negative_log_likelihood(model, right, NO_EDIT, ALL), plain, rtol=1e-5, atol=1e-5)
 
@@ -113,12 +115,12 @@ def test_the_next_tokens(family, traced, raw):
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         expected = raw(**batch, position_ids=positions).logits[:, -1].topk(5).indices
-    assert torch.equal(script.next_tokens(model, batch, NO_EDIT), expected)
+    assert torch.equal(script.next_tokens(model, batch, NO_EDIT, ALL), expected)
     edit = script.Steering(3 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)), "residual")
-    steered = script.next_tokens(model, batch, edit)
+    steered = script.next_tokens(model, batch, edit, ALL)
     assert torch.equal(steered[:, 0], script.generate(model, batch, edit, ALL)[:, 0])
     assert not torch.equal(steered, expected)
-    assert torch.equal(script.next_tokens(model, batch, edit, "local"), steered)
+    assert torch.equal(at_weights(script.next_tokens, model, batch, edit, ALL, remote="local"), steered)
 
 
 def test_several_vectors_matched_to_dpo(inputs, tmp_path, tiny):  # noqa: F811

@@ -55,17 +55,8 @@ def test_the_steps_as_written(tmp_path):
     before = edited_layers(record)
 
     shown, addition = blocks("6", "python")
-    head = shown.splitlines()[0]
-    source = script.read_text()
-    assert source.count(shown.rstrip("\n").splitlines()[-1].strip()) == 2, "the trace stands in both functions"
-    lines = []
-    for line in source.splitlines():
-        lines.append(line)
-        if line.strip() == head.strip():
-            indent = len(line) - len(line.lstrip()) + 4
-            lines += [" " * indent + part.strip() if at == 0 else " " * (indent + 4) + part.strip()
-                      for at, part in enumerate(addition.splitlines())]  # fmt: skip
-    script.write_text("\n".join(lines) + "\n")
+    loop, rest = shown.split("\n", 1)
+    script.write_text(replaced(script.read_text(), shown, f"{loop}\n{addition}{rest}"))
     again = command.replace("runs/first", "runs/late").replace("--controls quick ", "")
     shell(again.replace("python ", f"{sys.executable} ", 1), folder)
     late = json.loads((folder / "runs" / "late" / "run.json").read_text())

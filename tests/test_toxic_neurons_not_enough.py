@@ -45,6 +45,11 @@ def test_a_neuron_is_toxic_by_the_tokens_nearest_to_its_value_vector(traced, fam
     assert 0 < sum(bool(row["toxic_tokens"]) for row in judged) < len(judged)
 
 
+def attribution(cosine, pre, post):
+    """Of what the script reads; it looks at no group."""
+    return neurons.Attribution(pre=pre, post=post, cosine=cosine, delta=pre - post, groups={})
+
+
 def test_sets_of_neurons():
     """top-N by cosine over all layers; the subset with a toxic token; clamp to post, shift by post - pre."""
     cosine = torch.tensor([[0.9, 0.1], [0.5, -0.7]])
@@ -53,7 +58,7 @@ def test_sets_of_neurons():
         {"layer": 0, "index": 0, "toxic_tokens": []},
         {"layer": 1, "index": 0, "toxic_tokens": ["x"]},
     ]
-    plans = script.make_plans({"cosine": cosine, "pre": pre, "post": post}, judged, [1, 2])
+    plans = script.make_plans(attribution(cosine, pre, post), judged, [1, 2])
     assert plans["top1", "clamp"].mask.tolist() == [[True, False], [False, False]]
     assert plans["top2", "shift"].mask.tolist() == [[True, False], [True, False]]
     assert plans["toxic_tokens", "clamp"].mask.tolist() == [[False, False], [True, False]]
@@ -66,7 +71,7 @@ def test_shares_of_negative_neurons():
     cosine = torch.arange(200, 0, -1.0).reshape(2, 100)
     best, others = torch.ones(100), torch.ones(100)
     best[:30], others[:70] = -1, -1
-    shares = script.negative({"cosine": cosine, "pre": torch.stack([best, others]), "post": torch.ones(2, 100)})
+    shares = script.negative(attribution(cosine, torch.stack([best, others]), torch.ones(2, 100)))
     assert shares == {"all": 50, "top100": 30, "top100_after": 0}
 
 

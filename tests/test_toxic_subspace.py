@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
-from lib import observation, vectors
+from lib import experiment, observation, vectors
+from lib.dry_run import Plan
 from lib.families import FAMILIES as KINDS
 from lib.families import reach
 
@@ -31,7 +32,7 @@ def begun(tiny, inputs, tmp_path, cache):  # noqa: F811
 
     def begin(family: str, post, **more):
         given = {**inputs, "--model": tiny(family), "--post": post, "--out": tmp_path / "out", **more}
-        contexts.append(observation.begin("toxic_subspace", options_of(script, given)))
+        contexts.append(experiment.begin("toxic_subspace", options_of(script, given), Plan()))
         return contexts[-1].__enter__()
 
     yield begin
@@ -108,17 +109,17 @@ def test_three_quarters_whatever_the_directions():
 @pytest.mark.parametrize("protocol", ["sound", "faithful"])
 def test_measure_from_raw_weights(begun, family, tiny, protocol):
     """Everything again in numpy, from the checkpoints' tensors and the means."""
-    run = begun(family, tiny(family, 1), **{"--protocol": protocol})
-    (stage,) = run.stages()
-    row, tensors = script.measure(run, stage, 16)
+    opened = begun(family, tiny(family, 1), **{"--protocol": protocol})
+    (of_seed,) = opened.runs()
+    row, ours = script.measure(opened, of_seed, 16)
     written = protocol == "sound"
     before, after = (seen_rows(tiny(family, seed), family, written) for seed in (0, 1))
     unit = before / np.linalg.norm(before, axis=-1, keepdims=True)
-    probe = stage.probe.unit.numpy()
+    probe = of_seed.probe.unit.numpy()
     best = np.argsort(-(unit @ probe).ravel())
     _, values, rows = np.linalg.svd(unit.reshape(-1, WIDTH)[best[:16]])
     directions = rows[:3] * np.sign(rows[:3] @ unit.reshape(-1, WIDTH)[best[:16]].mean(0))[:, None]
-    np.testing.assert_allclose(tensors["directions"].numpy(), directions, atol=1e-5)
+    np.testing.assert_allclose(ours.numpy(), directions, atol=1e-5)
     assert [d["share"] for d in row["directions"]] == pytest.approx(list(values[:3] ** 2 / 16), rel=1e-5)
     assert [d["cosine_with_probe"] for d in row["directions"]] == pytest.approx(list(directions @ probe), abs=1e-5)
 
@@ -126,7 +127,7 @@ def test_measure_from_raw_weights(begun, family, tiny, protocol):
         return (found > 0).any(-1) & (found < 0).any(-1)
 
     name = "write" if written else "activation"
-    m_pre, m_post = (getattr(means, name).numpy()[..., None] for means in (stage.pre_means, stage.post_means))
+    m_pre, m_post = (getattr(means, name).numpy()[..., None] for means in (of_seed.pre_means, of_seed.post_means))
     alignment = conflict(before @ directions.T)
     change = conflict(m_pre * (before @ directions.T) - m_post * (after @ directions.T))
     assert row["alignment"] == pytest.approx(100 * alignment.mean())
@@ -155,33 +156,33 @@ def test_frozen_value_vectors_give_one_share_twice(begun, family, tiny, tmp_path
         up.weight.data += 0.1 * torch.randn(up.weight.shape, generator=torch.Generator().manual_seed(1))
     post.save_pretrained(tmp_path / "post")
     AutoTokenizer.from_pretrained(tiny(family)).save_pretrained(tmp_path / "post")
-    run = begun(family, tmp_path / "post")
-    (stage,) = run.stages()
-    assert not torch.equal(stage.pre_means.activation, stage.post_means.activation)
-    row, _ = script.measure(run, stage, 16)
+    opened = begun(family, tmp_path / "post")
+    (of_seed,) = opened.runs()
+    assert not torch.equal(of_seed.pre_means.activation, of_seed.post_means.activation)
+    row, _ = script.measure(opened, of_seed, 16)
     assert row["both_alike"] == 100 and row["alignment"] == row["change"] > 0
 
 
 def test_faithful_takes_the_best_of_each_layer(begun, tiny, monkeypatch):
     """With two a layer there are six: more are not taken, and the sizes in the record say so."""
     monkeypatch.setitem(vectors.SPANNED, "faithful", (512, 2))
-    run = begun("llama", tiny("llama", 1), **{"--protocol": "faithful"})
-    (stage,) = run.stages()
-    row, tensors = script.measure(run, stage, 512)
+    opened = begun("llama", tiny("llama", 1), **{"--protocol": "faithful"})
+    (of_seed,) = opened.runs()
+    row, ours = script.measure(opened, of_seed, 512)
     unit = seen_rows(tiny("llama"), "llama", False)
     unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
-    cosine = unit @ stage.probe.unit.numpy()
+    cosine = unit @ of_seed.probe.unit.numpy()
     best = np.concatenate([unit[at][np.argsort(-cosine[at])[:2]] for at in range(LAYERS)])
-    overlap = np.abs(np.linalg.svd(best)[2][:3] @ tensors["directions"].numpy().T)
+    overlap = np.abs(np.linalg.svd(best)[2][:3] @ ours.numpy().T)
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-4)
     assert row["top"] == 6 and [step["vectors"] for step in row["stability"]] == [[3, 6]]
 
 
 def test_all_neurons_are_their_own_random_set(begun, tiny):
     """With every neuron taken there is one set, whatever its order: the random sets are the toxic one."""
-    run = begun("gemma2", tiny("gemma2", 1))
-    (stage,) = run.stages()
-    row, _ = script.measure(run, stage, LAYERS * NEURONS)
+    opened = begun("gemma2", tiny("gemma2", 1))
+    (of_seed,) = opened.runs()
+    row, _ = script.measure(opened, of_seed, LAYERS * NEURONS)
     assert [one["vectors"] for one in row["explained"]] == [LAYERS * NEURONS // 2, LAYERS * NEURONS]
     for name in ("mean", "low"):
         assert row["explained"][1]["random"][name] == pytest.approx(row["explained"][1]["share"])

@@ -65,11 +65,11 @@ def test_a_concept_takes_the_probe_s_place(inputs, tmp_path):  # noqa: F811
 
 
 def test_ranks_of_published():
-    order = {19 * 4096 + 770: 1, 12 * 4096 + 771: 5}
-    found = script.ranks_of_published("gpt2", order, 4096)
+    best = [19 * 4096 + 770, 0, 1, 2, 12 * 4096 + 771]
+    found = script.ranks_of_published("gpt2", best, 4096)
     assert list(found) == [f"L{layer}.N{index}" for layer, index in paper.LEE_TOXIC_VECTORS]
     assert found["L19.N770"] == 1 and found["L12.N771"] == 5 and found["L18.N2669"] is None
-    assert script.ranks_of_published("gemma-270m", order, 4096) == {}
+    assert script.ranks_of_published("gemma-270m", best, 4096) == {}
 
 
 def test_directions_have_the_model_s_width(traced):

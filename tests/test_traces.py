@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import nnsight
 import pytest
 import torch
 from conftest import DEVICE, FAMILIES, LAYERS, NEURONS, WIDTH, load_script, texts
@@ -11,6 +12,7 @@ from lib.families import FAMILIES as KINDS
 from lib.families import reach, value_vectors, write_gain
 from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
 from lib.probes import Probe
+from lib.remote import session
 
 PROMPTS = [
     "The river",
@@ -304,13 +306,14 @@ def test_every_trace_can_be_shipped(family, traced):
     model = traced(family)
     batch = left_batch(model)
     (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2, DEVICE)
+    generate, likelihood, everywhere = script.generate, script.negative_log_likelihood, ALL
     for kind in EDITS:
         edit, _ = example_edit(kind)
-        assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
-        torch.testing.assert_close(
-            script.negative_log_likelihood(model, right, edit, ALL, "local"),
-            script.negative_log_likelihood(model, right, edit, ALL),
-        )
+        with session(model, "local"):
+            shipped_ids = nnsight.save(generate(model, batch, edit, everywhere))
+            shipped_nll = nnsight.save(likelihood(model, right, edit, everywhere))
+        assert torch.equal(shipped_ids, generate(model, batch, edit, ALL))
+        torch.testing.assert_close(shipped_nll, likelihood(model, right, edit, ALL))
     shipped, here = last_means(model, remote="local"), last_means(model)
     torch.testing.assert_close(shipped.activation, here.activation)
     torch.testing.assert_close(shipped.write, here.write)

@@ -12,7 +12,8 @@ from test_traces import left_batch, raw_generate, raw_nll
 from lib.families import FAMILIES as KINDS
 from lib.families import reach
 from lib.generation import right_padded, windows
-from lib.interventions import NO_EDIT
+from lib.interventions import NO_EDIT, scaled_by
+from lib.remote import at_weights
 
 script = load_script("unalign")
 ALL, LAST = slice(None), slice(-1, None)
@@ -65,32 +66,33 @@ def scale_weights(raw, family: str, kind: str, factor: float) -> None:
 @pytest.mark.parametrize("kind", script.KINDS)
 def test_the_trace_equals_scaled_weights(family, biased, kind):
     model, raw = biased
-    if kind == "keys and bias" and not script.has_bias(raw):
-        assert family != "gpt2"
+    if kind not in script.kinds_of(raw):
+        assert kind == "keys and bias" and family != "gpt2"
         return
     (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:3], 40, 20), 3)
     batch = left_batch(model)
     plain = raw_nll(raw, right)
     scale_weights(raw, family, kind, 10)
-    edit = script.scaling(kind, mask(), 10.0)
+    edit = scaled_by(kind, mask(), 10.0)
     assert torch.equal(script.generate(model, batch, edit, ALL), raw_generate(raw, batch))
     found = script.negative_log_likelihood(model, right, edit, ALL)
     torch.testing.assert_close(found, raw_nll(raw, right), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-2)
-    untouched = script.negative_log_likelihood(model, right, script.scaling(kind, mask(), 1.0), ALL)
+    untouched = script.negative_log_likelihood(model, right, scaled_by(kind, mask(), 1.0), ALL)
     torch.testing.assert_close(untouched, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(script.negative_log_likelihood(model, right, NO_EDIT, ALL), plain, rtol=1e-5, atol=1e-5)
-    assert torch.equal(script.generate(model, batch, edit, ALL, "local"), script.generate(model, batch, edit, ALL))
-    shipped = script.negative_log_likelihood(model, right, edit, ALL, "local")
-    torch.testing.assert_close(shipped, found)
+    shipped = at_weights(script.generate, model, batch, edit, ALL, remote="local")
+    assert torch.equal(shipped, script.generate(model, batch, edit, ALL))
+    losses = at_weights(script.negative_log_likelihood, model, right, edit, ALL, remote="local")
+    torch.testing.assert_close(losses, found)
 
 
 def test_key_and_bias_differ(biased, family):
     """The bias stays where the released code leaves it: 10 k . x + b is not 10 (k . x + b)."""
-    h, bias = torch.tensor([[[2.0]]]), torch.tensor([0.5])
-    assert script.scaled("keys", h, 10, bias).item() == 15.5
-    assert script.scaled("keys and bias", h, 10, bias).item() == 20
-    assert script.scaled("keys", h, 10, None).item() == script.scaled("values", h, 10, None).item() == 20
+    h, factor, bias = torch.tensor([[[2.0]]]), torch.tensor([10.0]), torch.tensor([0.5])
+    assert script.scaled("keys", h, factor, bias).item() == 15.5
+    assert script.scaled("keys and bias", h, factor, bias).item() == 20
+    assert script.scaled("keys", h, factor, None).item() == script.scaled("values", h, factor, None).item() == 20
 
 
 def test_what_comes_back():

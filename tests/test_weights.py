@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lib import models
 from lib.errors import UserError
-from lib.weights import changes, stored_weights, update_left
+from lib.weights import changes, rounded_update, stored_weights
 
 
 def test_changes_by_hand():
@@ -51,11 +51,11 @@ def test_what_rounding_leaves_of_an_update_by_hand(tmp_path):
     before = {"model.a": torch.tensor([1.0, 1.0, 1.0, 1.0])}
     after = {"a": torch.tensor([1.0 + 1 / 128, 1.0 + 1 / 1024, 1.0 + 3 / 512, 1.0])}  # named by the base class
     base, post = map(stored_weights, folders(tmp_path, before, after))
-    found = update_left(base, post, "bfloat16")
+    found = rounded_update(base, post, "bfloat16")
     true, rounded = torch.tensor([8.0, 1.0, 6.0]) / 1024, torch.tensor([8.0, 0.0, 8.0]) / 1024
     cosine = float(true @ rounded / (true.norm() * rounded.norm()))
     assert found == {"cosine": pytest.approx(cosine), "entries": pytest.approx(2 / 3)}
-    assert update_left(base, post, "float32") is None
+    assert rounded_update(base, post, "float32") is None
 
 
 def test_a_run_says_how_much_rounding_leaves(inputs, tiny, tmp_path):  # noqa: F811

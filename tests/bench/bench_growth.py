@@ -61,13 +61,18 @@ def measure(prompts: int, neurons: int, conditions: int) -> dict:
     from lib import data, evaluation, interventions, metrics
     from lib.models import load, resolve
     from lib.neurons import mean_activations
-    from lib.protocol import SOUND
 
     model = load(resolve("smollm2"))
     known = data.pair_prompts().items + data.prompts().items
     asked = (known * -(-prompts // len(known)))[:prompts]
-    texts = evaluation.make_texts(model.tokenizer, 1024, asked, data.passages().items[:4], "", SOUND)
-    script, scorer = patch_script(), metrics.scorer("profanity-check")
+    script, passages = patch_script(), data.passages().first(4)
+    measures = evaluation.Measures(
+        passages=passages,
+        choices=evaluation.SOUND,
+        texts=evaluation.make_texts(model.tokenizer, 1024, asked, passages.items, evaluation.SOUND),
+        scorer=metrics.scorer("profanity-check"),
+        second_scorer=None,
+    )
     started = time.perf_counter()
     *_, means = mean_activations(model, asked, 64)
     places = torch.randperm(means.activation.numel(), generator=torch.Generator().manual_seed(0))[:neurons]
@@ -75,10 +80,8 @@ def measure(prompts: int, neurons: int, conditions: int) -> dict:
     mask[places] = True
     plan = interventions.clamp(mask.view_as(means.activation), means.activation, 0.9 * means.activation)
     for at in range(conditions):
-        evaluation.measure(
-            model, texts, scorer, 64, SOUND, script.generate, script.negative_log_likelihood, plan.edit(1 + at),
-            brief=True,
-        )  # fmt: skip
+        traces = script.generate, script.negative_log_likelihood
+        evaluation.measure(model, plan.edit(1 + at), measures, *traces, batch_size=64, brief=True)
     return {"seconds": round(time.perf_counter() - started, 2), "peak": peak_memory()}
 
 

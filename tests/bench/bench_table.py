@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from lib import evaluation
 from lib.cli import options
 
 STRENGTHS = (0.5, 1.0, 1.5)  # of four sets; with one more and the two models: 15 conditions
@@ -77,17 +78,24 @@ def moved(folder: str, out: Path) -> Path:
     return out
 
 
-def plans_of(found: dict, probe) -> dict:
+class OnePerplexity(evaluation.Choices):
+    """The papers' procedure has one perplexity of an edit."""
+
+    def perplexities(self, kind: str, brief: bool) -> dict[str, slice]:
+        return self.compared
+
+
+def plans_of(groups: dict, pre, post, delta) -> dict:
     """The table's edits: growing unions of the four groups, each at some strengths, and the noisiest thousand."""
     from lib import interventions, neurons
 
     plans, mask = {}, False
-    for name, group in found["groups"].items():
+    for name, group in groups.items():
         mask = group | mask
-        plan = interventions.clamp(mask, found["pre"], found["post"])
+        plan = interventions.clamp(mask, pre, post)
         plans |= {f"{name} x{at}": plan.edit(at) for at in STRENGTHS}
-    top = neurons.top(found["delta"].abs(), 1000)
-    return plans | {"top": interventions.clamp(top, found["pre"], found["post"]).edit()}
+    top = neurons.top(delta.abs(), 1000)
+    return plans | {"top": interventions.clamp(top, pre, post).edit()}
 
 
 def inputs(n_prompts: int, n_passages: int, d_model: int):
@@ -104,10 +112,10 @@ def inputs(n_prompts: int, n_passages: int, d_model: int):
 def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
     from bench_generation import patch_script
 
-    from lib import evaluation, metrics, neurons
+    from lib import metrics, neurons
     from lib.interventions import NO_EDIT
     from lib.models import load, resolve
-    from lib.protocol import SOUND, with_released
+    from lib.protocol import with_released
 
     script = patch_script()
     base, post = (load(resolve(str(file)), device, dtype) for file in files)
@@ -117,20 +125,18 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
         *_, last = neurons.mean_activations(model, prompts, n_prompts)
         means.append(last)
     found = neurons.attribute(base, post, probe, *means, with_released("value_vectors"))  # as the papers' code does
-    texts = evaluation.make_texts(base.tokenizer, 1024, prompts, passages, "", SOUND)
-    scorer, table = metrics.scorer("profanity-check"), {}
-    for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}.items():
-        measured = evaluation.measure(
-            post if name == "dpo" else base,
-            texts,
-            scorer,
-            n_prompts + n_passages,
-            SOUND,
-            script.generate,
-            script.negative_log_likelihood,
-            edit,
-            position_0=False,
-        )
+    measures = evaluation.Measures(
+        passages=None,
+        choices=OnePerplexity(**vars(evaluation.SOUND)),
+        texts=evaluation.make_texts(base.tokenizer, 1024, prompts, passages, evaluation.SOUND),
+        scorer=metrics.scorer("profanity-check"),
+        second_scorer=None,
+    )
+    traces, table = (script.generate, script.negative_log_likelihood), {}
+    plans = plans_of(found.groups, found.pre, found.post, found.delta)
+    for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans}.items():
+        model = post if name == "dpo" else base
+        measured = evaluation.measure(model, edit, measures, *traces, batch_size=n_prompts + n_passages)
         table[name] = {
             "toxicity": sum(measured["toxicity"]) / n_prompts,
             "log_ppl": sum(measured["nll"]) / sum(measured["tokens"]),
@@ -165,8 +171,8 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
         if delta[at] > 0 and one["pre"] != 0:
             masks[("T" if one["cosine"] > 0 else "A") + ("P" if one["pre"] > 0 else "N")][at] = True
     groups = {name: mask.view_as(pre) for name, mask in masks.items()}
-    found = {"groups": groups, "pre": pre, "post": after, "delta": delta.view_as(pre)}
-    conditions = {"none": NO_EDIT, "dpo": NO_EDIT, **plans_of(found, probe)}
+    plans = plans_of(groups, pre, after, delta.view_as(pre))
+    conditions = {"none": NO_EDIT, "dpo": NO_EDIT, **plans}
     table = {name: {} for name in conditions}
     for metric in ("toxicity", "log_ppl", "f1"):  # a run each
         (base, tokenizer), (post, _) = (rival.load(file, device, dtype) for file in files)
@@ -195,10 +201,7 @@ def their_table(files, device, dtype, n_prompts, n_passages) -> dict:
 
 def texts_of(tokenizer, passages: list[str]):
     """The windows and F1's prompts and references, as `lib.evaluation.make_texts` cuts them."""
-    from lib.evaluation import make_texts
-    from lib.protocol import SOUND
-
-    texts = make_texts(tokenizer, 1024, [], passages, "", SOUND)
+    texts = evaluation.make_texts(tokenizer, 1024, [], passages, evaluation.SOUND)
     return texts.windows, texts.continued
 
 

@@ -51,7 +51,7 @@ def peak_memory() -> int:
 
 def machine(device: str = "cpu") -> dict[str, float]:
     """This machine's measured rates in float32: `flops` of a matrix product, `bytes` a second of reading memory."""
-    from lib.rehearsal import rates
+    from lib.dry_run import rates
 
     return dict(zip(("flops", "bytes"), rates(device, 4), strict=True))
 

@@ -12,7 +12,6 @@ from lib import data, evaluation, metrics, remote
 from lib.families import d_mlp, n_layers
 from lib.interventions import shift
 from lib.models import load, resolve
-from lib.protocol import SOUND
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,17 +23,23 @@ def main(name: str, folder: str, rounds: int) -> None:
     server = remote.Server(600, False)
     models = {"here": load(resolve(folder)), "remote": load(resolve(name, weights=False), hosted=True)}
     prompts, passages = data.prompts("embedded").first(4), data.passages("embedded").first(2)
-    texts = evaluation.make_texts(models["here"].tokenizer, 1024, prompts.items, passages.items, "embedded", SOUND)
+    tokenizer, sound = models["here"].tokenizer, evaluation.SOUND
+    measures = evaluation.Measures(
+        passages=passages,
+        choices=sound,
+        texts=evaluation.make_texts(tokenizer, 1024, prompts.items, passages.items, sound),
+        scorer=metrics.scorer("words"),
+        second_scorer=None,
+    )
+    traces = script.generate, script.negative_log_likelihood
     zero = torch.zeros(n_layers(models["here"]), d_mlp(models["here"]))
     edit = shift(zero == 0, zero, zero + 0.1).edit()  # every neuron of every layer
     seconds = {place: [] for place in models}
     for _ in range(rounds + 1):  # the first deploys the model and fills caches
         for place, model in models.items():
             started = time.monotonic()
-            found = evaluation.measure(
-                model, texts, metrics.scorer("words"), 4, SOUND, script.generate, script.negative_log_likelihood, edit,
-                brief=True, remote=server if place == "remote" else False,
-            )  # fmt: skip
+            where = server if place == "remote" else False
+            found = evaluation.measure(model, edit, measures, *traces, batch_size=4, brief=True, remote=where)
             seconds[place].append(round(time.monotonic() - started, 3))
         assert found["continuations"]
     warm = server.log[1:]

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 from conftest import ROOT, load_script, run
+from passes import Passes
 from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments
 
-from lib.rehearsal import Passes, seconds, sizes
+from lib.dry_run import seconds, sizes
 
 CAUSAL = {
     "patch_four_groups": ["--controls", "quick"],
@@ -17,7 +18,13 @@ CAUSAL = {
     "steer": ["--alpha", "3", "--controls", "quick"],
     "unalign": ["--controls", "quick"],
 }
-LOOKING = {"opposing_effects": [], "toxic_subspace": ["--top", "8"], "residual_shift": [], "neuron_card": []}
+LOOKING = {
+    "four_groups": [],
+    "opposing_effects": [],
+    "toxic_subspace": ["--top", "8"],
+    "residual_shift": [],
+    "neuron_card": [],
+}
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *LOOKING])
@@ -30,7 +37,7 @@ def test_as_many_passes_as_the_real_run(name, inputs, tiny, tmp_path, cache, tra
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
     real = Passes()
     with real.counted(traced("llama")._module.config.vocab_size):
-        script.main([*given, *more, "--out", str(tmp_path / "out")], standalone_mode=False)
+        script.command([*given, *more, "--out", str(tmp_path / "out")], standalone_mode=False)
     counted, tokens = re.search(r"([\d,]+) forward passes, ([\d,]+) tokens", dry.stdout).groups()
     assert int(counted.replace(",", "")) == len(real.every)
     assert int(tokens.replace(",", "")) == sum(tokens for tokens, _ in real.every)
@@ -65,6 +72,18 @@ def test_what_comes_first_is_named(inputs, tmp_path):  # noqa: F811
         for seed in (0, 1):
             assert f"python {command} --model {inputs['--model']} --seed {seed}" in dry.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_given_model_is_counted_once_for_all_seeds(inputs, tmp_path, cache, traced):  # noqa: F811
+    """Its means and its row are in the cache for the second seed; each seed's edits are measured anew."""
+    given = [str(part) for pair in inputs.items() for part in pair]
+    sets = ["--sets", "four_groups", "--seeds", "0,1", "--out", str(tmp_path / "out")]
+    dry = run("experiments/patch_four_groups.py", *given, *sets, "--dry-run", cwd=ROOT)
+    real = Passes()
+    with real.counted(traced("llama")._module.config.vocab_size):
+        load_script("patch_four_groups").command([*given, *sets], standalone_mode=False)
+    counted = re.search(r"([\d,]+) forward passes", dry.stdout)[1]
+    assert int(counted.replace(",", "")) == len(real.every), dry.stderr[-2000:]
 
 
 def test_bad_input_is_told_by_a_dry_run_too(inputs, tmp_path):  # noqa: F811
@@ -106,9 +125,9 @@ def test_sizes_by_hand(family, tiny, traced):
 
 def test_seconds_by_hand(monkeypatch):
     """Operations where many tokens share the weights, bytes where few do."""
-    from lib import rehearsal
+    from lib import dry_run
 
-    monkeypatch.setattr(rehearsal, "rates", lambda device, width: (1e9, 1e6))
+    monkeypatch.setattr(dry_run, "rates", lambda device, width: (1e9, 1e6))
     assert seconds([(1000, 500)], body=10_000, head=2_000, width=4, device="cpu") == pytest.approx(
         2 * max(2 * (1000 * 10_000 + 500 * 2_000) / 1e9, 12_000 * 4 / 1e6)
     )

@@ -1,0 +1,303 @@
+"""The table of a causal claim: conditions, added one by one, measured by the script's two traces, saved, printed."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nnsight
+from rich.console import Console
+from rich.progress import track
+
+from lib import artifacts, checkpoints, evaluation, generation, metrics, models, remote, results, tables, tokens
+from lib.controls import Control
+from lib.experiment import Inputs, Run
+from lib.families import input_device
+from lib.interventions import NO_EDIT
+from lib.statistics import Bootstrap
+
+SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
+
+
+class Condition(NamedTuple):
+    """What one measurement was made of."""
+
+    name: str
+    kind: str = "none"  # of its edit
+    control_of: str = ""  # the condition that a control belongs to
+    means_from: str = "same"  # prompts that means and groups come from: those of the effects, or `held_out` ones
+    seed: int = 0  # of probe and DPO run
+    draw: int = 0  # of a random control
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """What one row of the table holds together: all but seed and draw."""
+        return self[:4]
+
+    @property
+    def file(self) -> str:
+        """A file name."""
+        return "__".join(str(part).replace("/", "_") for part in self) + ".json"
+
+    @property
+    def fields(self) -> dict:
+        """As lines of generations.jsonl and measurements.jsonl name it."""
+        return dict(zip(("name", "kind", "of", "means", "seed", "draw"), self, strict=True))
+
+
+class Subject(NamedTuple):
+    """What a condition is measured on: an edit of a model, or a model as it is (NO_EDIT)."""
+
+    edit: Any
+    model: Any  # nnsight
+    source: models.Source
+
+
+class Table:
+    """The conditions of a run."""
+
+    def __init__(self, inputs: Inputs, generate: Callable, likelihood: Callable):
+        """The script's two traces.
+
+        Args:
+            generate: `(model, batch, edit, where) -> ids [batch, NEW_TOKENS]`.
+            likelihood: `(model, batch, edit, where) -> [batch]`, nats.
+        """
+        self.inputs, self.generate, self.likelihood = inputs, generate, likelihood
+        self.waiting: dict[Condition, Subject] = {}
+        self.measured: dict[Condition, dict] = {}
+        self.neurons: dict[Condition, int] = {}
+
+    def add(self, name: str, kind: str = "none", edit: Any = NO_EDIT, *, run: Run | None = None,
+            model=None, source: models.Source | None = None) -> None:  # fmt: skip
+        """Add a condition.
+
+        Args:
+            kind: of the edit, as the table names it.
+            edit: what the traces apply; NO_EDIT: the model as it is.
+            run: whose seed and means it was made of; None: of no run's.
+            model, source: what is edited; None: the base model.
+        """
+        self._add(Condition(name, kind, "", *self._origin(run, kind)), edit, model, source)
+
+    def add_control(self, control: Control, kind: str, edit: Any, *, run: Run, control_of: str,
+                    model=None, source: models.Source | None = None) -> None:  # fmt: skip
+        """Add a control of the condition `control_of` of the same kind; the rest as in `add`."""
+        condition = Condition(f"control:{control.name}", kind, control_of, *self._origin(run, kind), control.draw)
+        self._add(condition, edit, model, source)
+
+    def _origin(self, run: Run | None, kind: str) -> tuple[str, int]:
+        if run is None:
+            return "same", self.inputs.seeds[0]
+        return (run.means_from if kind != "none" else "same"), run.seed
+
+    def _add(self, condition: Condition, edit, model, source) -> None:
+        if condition not in self.measured:
+            inputs = self.inputs
+            self.waiting[condition] = Subject(edit, model or inputs.base, source or inputs.source)
+
+    def measure(self) -> None:
+        """Measure what was added since; each condition is kept when it is finished."""
+        inputs, todo = self.inputs, list(self.waiting.items())
+        if inputs.hosted:
+            inputs.remote.say(f"{len(todo)} conditions, each one request at most.")
+        for condition, subject in track(todo, "Conditions", console=Console(stderr=True)):
+            if subject.edit is NO_EDIT:
+                self.measured[condition] = self._unedited(subject)
+                continue
+            file = inputs.work / "conditions" / condition.file
+            # F1 and the second perplexity are measured once, for what is not a control.
+            brief = bool(condition.control_of) or condition.seed != inputs.seeds[0]
+            with inputs.remote.remembering(file.with_suffix(".request")) if inputs.hosted else nullcontext():
+                self.measured[condition] = results.once(file, partial(self._measure, subject, brief))
+            self.neurons[condition] = getattr(subject.edit, "n_neurons", 0)
+        self.waiting.clear()
+
+    def _measure(self, subject: Subject, brief: bool) -> dict:
+        inputs, measures = self.inputs, self.inputs.measures
+        return inputs.fitting(
+            lambda: evaluation.measure(
+                subject.model,
+                subject.edit,
+                measures,
+                self.generate,
+                self.likelihood,
+                batch_size=inputs.batch_size,
+                brief=brief,
+                remote=inputs.remote,
+            )
+        )
+
+    def _unedited(self, subject: Subject) -> dict:
+        """A model as it is, measured once for all scripts and kept in the cache."""
+        inputs, measures = self.inputs, self.inputs.measures
+        code = (evaluation, generation, metrics, tokens, checkpoints)
+        fields = {
+            "model": subject.source.revision,
+            "texts": hashlib.sha256(json.dumps(dataclasses.astuple(measures.texts)).encode()).hexdigest(),
+            "protocol": dataclasses.asdict(inputs.protocol),
+            "scorer": measures.scorer.identity,
+            "dtype": inputs.dtype,
+            "remote": inputs.remote.host if inputs.hosted else inputs.remote or None,
+            "device": inputs.device,
+            "batch_size": inputs.batch_size,
+            "code": artifacts.code_version(*(module.__file__ for module in code)),
+            "traces": [*with_helpers(self.generate), *with_helpers(self.likelihood)],
+            "versions": artifacts.versions("torch", "transformers", "nnsight", "peft"),
+        }
+
+        def build(folder: Path) -> None:
+            results.write_json(folder / "measured.json", self._measure(subject, brief=False))
+
+        return json.loads((artifacts.make("unedited", fields, build) / "measured.json").read_text(encoding="utf-8"))
+
+    def log_perplexity(self, model, edit: Any) -> float:
+        """Nats a token over all passages, with the edit at every position: what a search for a strength asks for."""
+        texts, likelihood = self.inputs.measures.texts, self.likelihood
+        batches = list(generation.right_padded(texts.windows, texts.windows_at_once, input_device(model)))
+        where = evaluation.EVERYWHERE  # a name of its own: what is shipped would take the whole module along
+        with remote.session(model, self.inputs.remote):
+            sums = nnsight.save([])
+            for batch in batches:
+                sums.append(likelihood(model, batch, edit, where).sum())
+        return float(sum(sums)) / sum(len(ids) - 1 for ids in texts.windows)
+
+    def rows(self, published: Callable[[str, str], dict]) -> list[dict]:
+        """One row for each condition, averaged over seeds and draws, controls below what they belong to.
+
+        published: (condition, kind) -> `{"published": ...}` or nothing.
+        """
+        inputs = self.inputs
+        over_prompts = Bootstrap(len(inputs.prompts.items), inputs.options["seed"])
+        grouped: dict[tuple, list[Condition]] = {}
+        for condition in self.measured:
+            grouped.setdefault(condition.row, []).append(condition)
+        mean = {row: evaluation.average([self.measured[c] for c in conditions]) for row, conditions in grouped.items()}
+        none, dpo = (mean.get(Condition(name).row) for name in ("none", "dpo"))
+        over_passages = Bootstrap(len(none["tokens"]), inputs.options["seed"])
+        rows = []
+        for name, kind, control_of, means_from in sorted(grouped, key=lambda row: place(row, list(grouped))):
+            conditions, values = grouped[name, kind, control_of, means_from], mean[name, kind, control_of, means_from]
+            row = {
+                "condition": name,
+                "kind": kind,
+                "of": control_of,
+                "means": means_from if len(inputs.mean_prompts) > 1 and kind != "none" else None,
+                "positions": inputs.protocol.edit_positions if kind != "none" else None,
+                "neurons": self.neurons.get(conditions[0], 0),
+                **evaluation.make_row(values, none, dpo, over_prompts, over_passages),
+                "runs": [self._run(condition) for condition in conditions],
+            }
+            if control_of:
+                real = mean[control_of, kind, "", means_from]["toxicity"]
+                row["difference_from_real"] = over_prompts.difference(values["toxicity"], real)
+                if inputs.options["controls"] == "full" and len(conditions) > 1:
+                    above = [run["toxicity"] > sum(real) / len(real) for run in row["runs"]]
+                    row["percent_of_draws_above_real"] = 100 * sum(above) / len(above)
+            else:
+                row |= published(name, kind)
+            rows.append(row)
+        return rows
+
+    def _run(self, condition: Condition) -> dict:
+        measured = self.measured[condition]
+        nll = measured.get("nll", measured.get("nll_first"))
+        return {
+            "seed": condition.seed,
+            "draw": condition.draw,
+            "toxicity": sum(measured["toxicity"]) / len(measured["toxicity"]),
+            "log_ppl": sum(nll) / sum(measured["tokens"]),
+        }
+
+    def save(self, published: Callable[[str, str], dict], **entries) -> dict:
+        """Score with the second scorer, write run.json, generations.jsonl and measurements.jsonl; returns the record.
+
+        entries: the script's own of the record.
+        """
+        inputs, measures = self.inputs, self.inputs.measures
+        if measures.second_scorer:
+            for measured in track(list(self.measured.values()), "Second scorer", console=Console(stderr=True)):
+                if "second" not in measured:
+                    measured["second"] = measures.second_scorer(measured["continuations"]).tolist()
+        results.write_lines(inputs.work / "generations.jsonl", self._generations())
+        results.write_lines(inputs.work / "measurements.jsonl", self._measurements())
+        names = ("protocol", "released", "scorer", "second_scorer", "controls", "holdout")
+        record = {
+            "script": inputs.script,
+            "model": inputs.options["model"],
+            "params": {
+                "limit": len(inputs.prompts.items),
+                "seed": inputs.options["seed"],
+                "seeds": inputs.seeds,
+                "batch_size": inputs.batch_size,
+                **{name: inputs.options[name] for name in names},
+            },
+            "protocol": dataclasses.asdict(inputs.protocol),
+            "rows": self.rows(published),
+            **entries,
+            "provenance": results.provenance(
+                settings=inputs.settings,
+                data={"prompts": inputs.prompts.provenance, "passages": measures.passages.provenance},
+                **inputs.circumstances,
+            ),
+        }
+        results.write_json(inputs.work / "run.json", record)
+        shutil.rmtree(inputs.work / "conditions", ignore_errors=True)
+        return record
+
+    def _generations(self) -> Iterator[dict]:
+        """Lines of generations.jsonl: raw text of conditions and prompts, with its score."""
+        for condition, measured in self.measured.items():
+            if condition.draw < SHOWN_DRAWS and (not condition.control_of or condition.seed == self.inputs.seeds[0]):
+                columns = (self.inputs.prompts.items, measured["continuations"], measured["toxicity"])
+                for prompt, text, toxicity in zip(*columns, strict=True):
+                    yield condition.fields | {"prompt": prompt, "continuation": text, "toxicity": toxicity}
+
+    def _measurements(self) -> Iterator[dict]:
+        """Lines of measurements.jsonl: every number of every measurement, over prompts and over passages."""
+        for condition, measured in self.measured.items():
+            digits = {key: 4 if key.startswith("nll") else 5 for key in measured if key != "continuations"}
+            yield condition.fields | {key: [round(x, n) for x in measured[key]] for key, n in digits.items()}
+
+    def show(self, record: dict, conditions: tuple[str, ...]) -> None:
+        """Print the table, one prompt's continuations under some conditions, and where everything lies."""
+        inputs, console, params = self.inputs, tables.wide_console(), record["params"]
+        seeds = f", seeds {', '.join(map(str, inputs.seeds))}" if len(inputs.seeds) > 1 else ""
+        title = (
+            f"{record['model']}, {params['limit']} prompts{seeds}, toxicity by {params['scorer']}, "
+            f"{params['protocol']} protocol ({inputs.protocol.edit_positions} positions edited)"
+        )
+        published = [row["published"]["model"] for row in record["rows"] if row.get("published")]
+        table = tables.conditions(record, title, published[0] if published else None)
+        # Wide enough for every cell: rich would cut numbers off on a narrow screen.
+        wide = console.measure(table, options=console.options.update(max_width=400)).maximum
+        console.width = max(console.width, wide)
+        console.print(table)
+        shown = {
+            f"{condition.name}, {condition.kind}" if condition.kind != "none" else condition.name: measured
+            for condition, measured in self.measured.items()
+            if condition.name in conditions and not condition.control_of and condition.seed == inputs.seeds[0]
+        }
+        console.print(tables.continuations(inputs.prompts.items, shown, inputs.options["raw_text"]))
+        console.print(f"Record, raw generations, tensors and figures: {inputs.out}", soft_wrap=True)
+
+
+def with_helpers(trace: Callable) -> list[str]:
+    """The source of a trace and of the functions of its file that it calls, such as its intervention."""
+    called = (trace.__globals__.get(name) for name in trace.__code__.co_names)
+    own = [function for function in called if getattr(function, "__module__", None) == trace.__module__]
+    return [inspect.getsource(function) for function in (trace, *own)]
+
+
+def place(row: tuple, rows: list[tuple]) -> tuple:
+    """Where a row stands: a control after the condition that it belongs to."""
+    _, kind, control_of, means_from = row
+    if not control_of:
+        return rows.index(row), 0, 0
+    return rows.index((control_of, kind, "", means_from)), 1, rows.index(row)
