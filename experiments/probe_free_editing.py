@@ -33,8 +33,7 @@ from lib.cli import CAUSAL, check, names_of, numbers, options
 @click.option("--representation", default="tokens", show_default=True, callback=names_of(("tokens", "probe")))
 @click.option("--order", type=click.Choice(["cosine", "activation"]), default="cosine", show_default=True)
 @click.option("--alpha", default="0.01,0.3", show_default=True, callback=numbers, help="Grid of alphas.")
-@click.option("--beta", default="0.55,1", show_default=True, callback=numbers,
-              help="Grid of betas, above 0, at most 1.")  # fmt: skip
+@click.option("--beta", default="0.55,1", show_default=True, callback=numbers, help="Grid of betas, 0 < beta <= 1.")
 @click.option("--kinds", callback=names_of(("clamp", "scale", "shift")), help="[default: clamp,scale; faithful: clamp]")
 @click.option("--positions", type=click.Choice(["last", "all"]), help="Edited in generation.  [default: by --protocol]")
 @click.option("--toxic-words", help="Move away from these: words, or a file of them.  [default: Yang table 7's]")

@@ -25,8 +25,7 @@ from lib.cli import CAUSAL, check, counts, options
 @click.command(help=__doc__.split("\n")[0])
 @options(*CAUSAL)
 @click.option("--top", default="128,256", show_default=True, callback=counts, help="Sizes of the sets by cosine.")
-@click.option("--judge", default="words", show_default=True,
-              help="Scorer that says which tokens are toxic: see --scorer.")  # fmt: skip
+@click.option("--judge", default="words", show_default=True, help="Scorer of tokens, as --scorer: which are toxic.")
 def command(**options):
     main(**options)
 
@@ -37,24 +36,13 @@ from functools import partial
 
 import torch
 
-from lib import (
-    controls,
-    experiment,
-    interventions,
-    metrics,
-    neurons,
-    paper,
-    plots,
-    plots_neurons,
-    results,
-    tables,
-    vectors,
-)
+from lib import controls, experiment, interventions, metrics, neurons, paper, plots, plots_neurons, results, tables
 from lib.dry_run import Plan, controls_of, for_each_seed
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import edited
 from lib.table import Table
+from lib.vectors import lenses, unit_vectors
 
 TOP_TOKENS = 10  # Yang section 4
 FIGURE_N = 100  # figure 3
@@ -120,8 +108,8 @@ def judge_tokens(inputs, cosine, verdict) -> list[dict]:
     """
     best = cosine.flatten().topk(min(JUDGED_N, cosine.numel())).indices
     places = [divmod(int(at), cosine.shape[1]) for at in best]
-    rows = inputs.at_weights(vectors.unit_vectors, best, inputs.protocol.value_vectors == "written")
-    tokens = vectors.lenses(inputs.base, rows, inputs.protocol, TOP_TOKENS, inputs.remote)
+    rows = inputs.at_weights(unit_vectors, best, inputs.protocol.value_vectors == "written")
+    tokens = lenses(inputs.base, rows, inputs.protocol, TOP_TOKENS, inputs.remote)
     every = sorted({token for lists in tokens.values() for row in lists for token in row})
     score = dict(zip(every, verdict(every).tolist(), strict=True))
     judged = []

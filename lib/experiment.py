@@ -32,7 +32,6 @@ from lib.cli import default_scorer
 from lib.controls import Control
 from lib.data import Dataset
 from lib.errors import UserError
-from lib.families import Shape
 from lib.interventions import Plan
 from lib.probes import Probe
 from lib.protocol import Protocol, chosen_protocol
