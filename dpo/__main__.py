@@ -112,14 +112,14 @@ def main(model, revision, device, dtype, pairs, preset, out, overwrite, dry_run,
     token_pairs = tokenize(tokenizer, preferences.items, config.max_prompt, config.max_response, config.append_eos)
     train_pairs, valid_pairs = split(token_pairs, config.valid_fraction, config.seed)
     trainable.check_choice(config.trainable, shape)
+    # Which variants there are decides nothing about one of them.
+    training_code = sorted(str(file) for file in Path(__file__).parent.glob("*.py") if file.stem != "variants")
     determinants = {
         "model": source.revision,
         "pairs": preferences.sha256,
         "config": dataclasses.asdict(config),
         "device": device,
-        "code": artifacts.code_version(
-            *sorted(map(str, Path(__file__).parent.glob("*.py"))), tokens.__file__, checkpoints.__file__
-        ),
+        "code": artifacts.code_version(*training_code, *checkpoints.CODE),
         "versions": artifacts.versions("torch", "transformers", "peft"),
     }
 

@@ -54,7 +54,7 @@ from lib.tokens import inner_ids
 
 def main(tokens, judge, **options):
     tokens = tokens.split(",") if tokens else None
-    scorer = None if tokens else metrics.scorer(judge)
+    scorer = None if tokens else metrics.scorer("words" if options["dry_run"] else judge)
     options |= {"tokens": tokens, "judge": judge, "limit": options["limit"] or ALL}
     # The base model's next tokens and its lens, then the lens of each seed's model after DPO.
     plan = Plan(means=False, traces=[Traces("read", models=2, once=True), Traces("read")])

@@ -47,17 +47,18 @@ def command(**options):
 check(command, __name__)  # --help and wrong options end here, before torch is imported
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dpo.trainable import read
 from dpo.variants import arguments, learning_rate, losses_by_rate, trained
-from lib import controls, experiment, neurons, paper, plots, tables, weights
+from lib import chain, controls, data, experiment, neurons, paper, plots, tables, weights
 from lib.controls import Control
 from lib.dry_run import Plan, Planned, for_each_seed, n_draws
 from lib.evaluation import average
-from lib.families import key
+from lib.families import key, shape_of
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import scaled_by
 from lib.models import resolve
@@ -76,11 +77,16 @@ def main(variants, top, factor, search, **options):
             raise click.BadParameter(f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants")
     plan = make_plan(options, names, to_train, search)
     options |= {"variants": ["all", *names], "top": top, "factor": factor, "search": search}
+    if to_train:  # with --post too
+        options["trained_on"] = data.pairs(options["pairs"]).sha256
 
     with experiment.begin("robust_alignment", options, plan) as inputs:
         table = Table(inputs, generate, negative_log_likelihood)
         table.add("none")
         given = {name: resolve(path, option="--variants", weights=not inputs.hosted) for name, path in adapters.items()}
+        for name, source in given.items() if not inputs.hosted else ():
+            shape = shape_of(Path(inputs.source.path), inputs.source.name)
+            chain.check_like_base(source, inputs.base.tokenizer, shape, f"--variants {name}")
         changes, losses = {}, {}
         own = {**inputs.options, "post": None}  # a --post stands for plain DPO alone
         for run in inputs.runs(means=False):  # one for each seed

@@ -51,7 +51,7 @@ KINDS = ("clamp", "shift")
 
 
 def main(top, judge, **options):
-    verdict = metrics.scorer(judge)
+    verdict = metrics.scorer("words" if options["dry_run"] else judge)
     tested = f"top{max(top)}"
     planned = [control for kind in KINDS for control in controls_of(options, kind)]
     n_sets = len(set(top)) + 1  # by cosine, and by tokens

@@ -56,7 +56,8 @@ from lib.dry_run import Plan
 
 
 def main(top, judge, concept_words, **options):
-    words, scorer = vectors.read_words(concept_words, "--concept-words"), metrics.scorer(judge)
+    words = vectors.read_words(concept_words, "--concept-words")
+    scorer = metrics.scorer("words" if options["dry_run"] else judge)
     best_of_all, best_of_layer = vectors.SPANNED[options["protocol"]]
     options |= {"judge": judge, "words": words, "prompts": "embedded", "limit": 1, "batch_size": 1}
     needs = () if words else ("probe",)

@@ -41,10 +41,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from lib import artifacts, chain, checkpoints, data, dry_run, models, paper, probes, remote, results, tokens
+from lib import artifacts, chain, checkpoints, data, dry_run, generation, models, paper, probes, remote, results
 from lib.metrics import mask, profane_pattern
 from lib.plots_training import probe_scores
 from lib.protocol import PROTOCOLS
+from lib.tokens import encode
 from lib.vectors import nearest_tokens
 
 
@@ -62,7 +63,7 @@ def main(out, overwrite, raw_text, **options):
         "device": device,
         "dtype": dtype,
         "remote": server.host if hosted else server,
-        "code": artifacts.code_version(__file__, probes.__file__, tokens.__file__, checkpoints.__file__),
+        "code": artifacts.code_version(__file__, probes.__file__, generation.__file__, *checkpoints.CODE),
         "versions": artifacts.versions("torch", "transformers", "nnsight", "scikit-learn", "peft"),
     }
     if out:
@@ -92,7 +93,7 @@ def main(out, overwrite, raw_text, **options):
 def passes(tokenizer, comments: data.Dataset, protocol: str, batch_size: int) -> list[dry_run.Pass]:
     """The forward passes of `lib.probes.mean_residuals`, which stops before the head."""
     texts = sorted((text for text, _ in comments.items), key=len)
-    rows = tokens.encode(tokenizer, texts, probes.TEXT_LENGTH)
+    rows = encode(tokenizer, texts, probes.TEXT_LENGTH)
     if PROTOCOLS[protocol].probe_features == "padded":
         rows = [[0] * probes.PADDED_LENGTH] * len(rows)
     return [(through_layers, 0) for through_layers, _ in dry_run.reading(rows, batch_size)]

@@ -132,24 +132,36 @@ def check_given(options: dict, source: Source, needs: tuple[str, ...]):
         probes.load_probe(given_probe(options), shape.d_model)
     if "post" in needs and options["post"]:
         given_means(options, shape)
-        post = post_source(options, 0)
-        if post and not hosted:
-            checkpoints.check(post)
-            checkpoints.check_same_vocabulary(tokenizer, post, f"--post {post.name}")
-            theirs = shape_of(Path(post.path), post.name)
-            # Models of one kind may have been trained for other lengths.
-            other = [
-                name
-                for name in vars(shape)
-                if name != "max_positions" and getattr(theirs, name) != getattr(shape, name)
-            ]
-            if other:
-                name = other[0]
-                raise UserError(
-                    f"--post {post.name}: its {name} is {getattr(theirs, name)}, the base model's is "
-                    f"{getattr(shape, name)}; it is another model."
-                )
+        if not hosted and not (options["dry_run"] and would_be_fetched(options["post"])):
+            post = post_source(options, 0)
+            if post:
+                check_like_base(post, tokenizer, shape, f"--post {post.name}")
     return tokenizer, shape
+
+
+def check_like_base(source: Source, tokenizer, shape: Shape, given: str) -> None:
+    """Check a model that was trained from the base model. Raises UserError: unreadable, or of another model.
+
+    tokenizer, shape: the base model's. given: names the model in a message.
+    """
+    checkpoints.check(source)
+    checkpoints.check_same_vocabulary(tokenizer, source, given)
+    theirs = shape_of(Path(source.path), source.name)
+    for name in vars(shape).keys() - {"max_positions"}:  # models of one kind may have been trained for other lengths
+        if getattr(theirs, name) != getattr(shape, name):
+            raise UserError(
+                f"{given}: its {name} is {getattr(theirs, name)}, the base model's is {getattr(shape, name)}; "
+                "it is another model."
+            )
+
+
+def would_be_fetched(post: str) -> bool:
+    """Whether --post is a model of the Hub, or an adapter, whose base model may be."""
+    return (
+        (Path(post) / "adapter_config.json").is_file()
+        or post.startswith("lora:")
+        or (on_hub(post) and not Path(post).is_dir())
+    )
 
 
 def run(*command: str) -> Path:

@@ -9,12 +9,15 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lib import adapters, families, tokens, weights
 from lib.adapters import read_peft
 from lib.errors import UserError, brief
 from lib.families import family_of
 from lib.tokens import text_vocabulary
 from lib.weights import plain_names, rounded_update, stored_weights
 
+# Files whose code decides what a model folder is in memory, and which ids a text has: part of every cached key.
+CODE = (__file__, *(module.__file__ for module in (adapters, families, tokens, weights)))
 # What `--trainable biases` adds where an architecture has no place for it stands in files of this variant's name:
 # plain transformers finds no weights then, where it would load the base model under the name `model.safetensors`.
 ADDED_BIASES = "added-biases"

@@ -60,9 +60,9 @@ def numbers(context, parameter, value):
         found = [float(part) for part in value.split(",")]
     except ValueError:
         raise click.BadParameter(f"{value} given, expected numbers such as 0.1,0.3.") from None
-    if not all(-1e6 < number < 1e6 for number in found):  # NaN is not
+    if not all(-1e12 < number < 1e12 for number in found):  # NaN is not
         raise click.BadParameter(f"{value} given, expected finite numbers.")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def counts(context, parameter, value):
@@ -78,7 +78,7 @@ def names_of(known: tuple[str, ...], every: bool = False) -> Callable:
 
     def read(context, parameter, value):
         names = [name.strip() for name in value.split(",")] if value else None
-        if every and sorted(names) != sorted(known):
+        if every and sorted(names or []) != sorted(known):
             raise click.BadParameter(f"{value} given, expected {', '.join(known)} in some order.")
         if wrong := [name for name in names or [] if name not in known]:
             raise click.BadParameter(f"{wrong[0]} given, expected some of {', '.join(known)}, separated by commas.")

@@ -94,11 +94,19 @@ class Texts:
         return max(1, PERPLEXITY_TOKENS // max(map(len, self.windows)))
 
 
-def make_texts(tokenizer, max_positions: int, prompts: list[str], passages: list[str], choices: Choices) -> Texts:
+def make_texts(
+    tokenizer,
+    max_positions: int,
+    prompts: list[str],
+    passages: list[str],
+    choices: Choices,
+    given: str = "--passages",
+) -> Texts:
     """Tokenise prompts and passages.
 
     Args:
         max_positions: as many as the model takes.
+        given: names the passages in a message.
 
     Raises:
         UserError: no passage is long enough for an F1 continuation.
@@ -106,7 +114,7 @@ def make_texts(tokenizer, max_positions: int, prompts: list[str], passages: list
     at_least = F1_PROMPT + NEW_TOKENS
     long_enough = windows(tokenizer, passages, F1_PROMPT + choices.f1_reference, at_least)
     if not long_enough:
-        raise UserError(f"--passages: no passage has {at_least} tokens; give longer ones.")
+        raise UserError(f"{given}: no passage has {at_least} tokens; give longer ones.")
     return Texts(
         prompts,
         prompt_ids(tokenizer, prompts),
@@ -139,11 +147,12 @@ def make_measures(
 
     Raises UserError: a scorer cannot be had, or no passage is long enough.
     """
+    given = f"--passages {passages.source}"
+    texts = make_texts(tokenizer, max_positions, prompts.items, passages.items, choices, given)
     names = [options["scorer"], options["second_scorer"]]
     if options["dry_run"]:  # a scorer may be a probe that has to be trained
         names = ["words", None]
     first, second = (scorer(name) if name else None for name in names)
-    texts = make_texts(tokenizer, max_positions, prompts.items, passages.items, choices)
     return Measures(passages=passages, choices=choices, texts=texts, scorer=first, second_scorer=second)
 
 

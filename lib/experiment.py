@@ -155,6 +155,8 @@ class Inputs:
 
     def other_directions(self, run: Run, direction: Probe | None = None) -> list[Control]:
         """What stands in the place of the run's probe, or of a `direction` that has no labels, at --controls."""
+        if self.options["controls"] == "none":
+            return []
         if direction:
             return list(controls.of_direction(direction, None, self.draws(run), run.seed))
         if run.seed not in self.directions:  # fitting a probe takes half a minute

@@ -15,7 +15,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import artifacts, checkpoints, generation, tokens
+from lib import artifacts, checkpoints, generation
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.families import FAMILIES, d_mlp, input_device, mlp_out, n_layers, value_vectors, write_gain
@@ -169,7 +169,7 @@ def cached_means(
         "n_prompts": len(prompts.items),
         "batch_size": batch_size,
         "remote": remote.host if isinstance(remote, Server) else remote,
-        "code": artifacts.code_version(__file__, generation.__file__, tokens.__file__, checkpoints.__file__),
+        "code": artifacts.code_version(__file__, generation.__file__, *checkpoints.CODE),
         "versions": artifacts.versions("torch", "transformers", "nnsight", "peft"),
     }
 

@@ -50,6 +50,11 @@ def continue_greedily(model, asked: list[dict], remote=False) -> list:
 
 
 def own_text(inputs: Inputs) -> tuple[list[list[int]], list[range]]:
+    """`own_text_at_once` with as many prompts at once as fit into memory."""
+    return inputs.fitting(lambda: own_text_at_once(inputs))
+
+
+def own_text_at_once(inputs: Inputs) -> tuple[list[list[int]], list[range]]:
     """The prompts with the base model's continuations, and the positions whose activations count: `text_means`' input.
 
     The end-of-text token is kept: the position that predicts it counts in `mean_activations` too.

@@ -15,7 +15,18 @@ import nnsight
 from rich.console import Console
 from rich.progress import track
 
-from lib import artifacts, checkpoints, evaluation, generation, metrics, models, remote, results, tables, tokens
+from lib import (
+    artifacts,
+    checkpoints,
+    evaluation,
+    generation,
+    metrics,
+    models,
+    released,
+    remote,
+    results,
+    tables,
+)
 from lib.controls import Control
 from lib.experiment import Inputs, Run
 from lib.families import input_device
@@ -137,7 +148,7 @@ class Table:
     def _unedited(self, subject: Subject) -> dict:
         """A model as it is, measured once for all scripts and kept in the cache."""
         inputs, measures = self.inputs, self.inputs.measures
-        code = (evaluation, generation, metrics, tokens, checkpoints)
+        code = [module.__file__ for module in (evaluation, generation, metrics, released)]
         fields = {
             "model": subject.source.revision,
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(measures.texts)).encode()).hexdigest(),
@@ -147,7 +158,7 @@ class Table:
             "remote": inputs.remote.host if inputs.hosted else inputs.remote or None,
             "device": inputs.device,
             "batch_size": inputs.batch_size,
-            "code": artifacts.code_version(*(module.__file__ for module in code)),
+            "code": artifacts.code_version(*code, *checkpoints.CODE),
             "traces": [*with_helpers(self.generate), *with_helpers(self.likelihood)],
             "versions": artifacts.versions("torch", "transformers", "nnsight", "peft"),
         }

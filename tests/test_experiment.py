@@ -194,8 +194,8 @@ def test_faithful_with_controls(inputs, tmp_path):  # noqa: F811
 SMALL = """
 import resource, runpy, sys
 import matplotlib.pyplot, nnsight, profanity_check, scipy.stats, sklearn.linear_model, torch, transformers
-from lib import experiment, plots
-experiment.metrics.scorer("profanity-check")(["warm up"])
+from lib import experiment, metrics, plots
+metrics.scorer("profanity-check")(["warm up"])
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = size + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -62,6 +62,18 @@ def test_faults_are_one_clear_line(served, tmp_path, name, says):
     assert "Traceback" not in done.stderr and not out.exists()
 
 
+def test_a_dry_run_fetches_no_weights(served, tmp_path):
+    """Neither of the base model nor of the one after DPO."""
+    _, address = served
+    models = ["--model", "lab/tiny", "--post", "lab/tiny", "--prompts", "embedded", "--passages", "embedded"]
+    done = run(
+        "experiments/patch_four_groups.py", *models, "--scorer", "probe:lab/tiny", "--limit", 3, "--dry-run",
+        cwd=".", **environment(address, tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0 and "forward passes" in done.stdout, done.stderr[-2000:]
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
 def test_a_server_that_is_down(tmp_path):
     done = run("-m", "dpo", "--model", "lab/tiny", **environment("http://127.0.0.1:9", tmp_path))
     assert done.returncode == 2 and "cannot be reached" in done.stderr and "gemma-270m" in done.stderr

@@ -94,3 +94,17 @@ def test_the_script(inputs, tmp_path):  # noqa: F811
     wrong = run("experiments/robust_alignment.py", *options[:-1], tmp_path / "wrong", "--variants", "late:9", cwd=ROOT,
                 DPO_NEURONS_CACHE=str(tmp_path / "cache"))  # fmt: skip
     assert wrong.returncode == 2 and "3 layers" in wrong.stderr and not list(tmp_path.glob("wrong*"))
+
+
+def test_an_adapter_of_another_model_is_refused(inputs, tiny, tmp_path):  # noqa: F811
+    """Before anything is measured: it would load, and give the numbers of that model."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(tiny("mistral"))
+    peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    given = {**inputs, "--variants": f"lora:{tmp_path / 'adapter'}", "--out": tmp_path / "out"}
+    options = [str(part) for pair in given.items() for part in pair]
+    done = run("experiments/robust_alignment.py", *options, cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2 and "it is another model" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert not (tmp_path / "out").exists()
