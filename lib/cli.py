@@ -48,21 +48,21 @@ class Finite(click.FloatRange):
 
     def convert(self, value, param, ctx):
         """The number. Raises click.BadParameter."""
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
             self.fail(f"{value} given, expected a finite number.", param, ctx)
-        return found
+        return number
 
 
 def numbers(context, parameter, value):
     """Callback of options that take a grid: `0.1,0.3` becomes a list of floats."""
     try:
-        found = [float(part) for part in value.split(",")]
+        grid = [float(part) for part in value.split(",")]
     except ValueError:
         raise click.BadParameter(f"{value} given, expected numbers such as 0.1,0.3.") from None
-    if not all(-1e12 < number < 1e12 for number in found):  # NaN is not
+    if not all(-1e12 < number < 1e12 for number in grid):  # NaN is not
         raise click.BadParameter(f"{value} given, expected finite numbers.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(grid))
 
 
 def counts(context, parameter, value):

@@ -29,7 +29,7 @@ def drawn(path: Path, size: tuple[float, float], title=10, label=10, legend=8, t
         figure = Figure(figsize=size)
         yield figure.subplots(**grid)
         if not any(axes.get_legend() for axes in figure.axes):
-            for axes in (one for one in figure.axes if any(one.get_legend_handles_labels())):
+            for axes in (axes for axes in figure.axes if any(axes.get_legend_handles_labels())):
                 axes.legend()
         if tight:
             figure.tight_layout()
@@ -166,14 +166,14 @@ def robustness(variants: list[dict], rows: list[dict], path: Path) -> None:
     variants, rows: `robustness` and `rows` of robust_alignment.py's record.
     """
     by_name = {row["condition"]: row for row in rows if not row["of"]}
-    names, places, base = [one["variant"] for one in variants], np.arange(len(variants)), by_name["none"]
+    names, places, base = [variant["variant"] for variant in variants], np.arange(len(variants)), by_name["none"]
     size = (11, 0.4 * len(names) + 1.5)
     with drawn(path, size, title=9, legend=7, tight=True, ncols=3, sharey=True) as (toxicity, perplexity, back):
         for side, suffix, color, label in ((-0.18, "", BLUE, "as trained"), (0.18, " un-aligned", RED, "un-aligned")):
-            found = [by_name[name + suffix] for name in names]
-            mean, around = error_bars([row["toxicity"] for row in found])
+            of_variants = [by_name[name + suffix] for name in names]
+            mean, around = error_bars([row["toxicity"] for row in of_variants])
             toxicity.barh(places + side, mean, 0.34, xerr=around, color=color, label=label, error_kw={"lw": 0.8})
-            perplexity.plot([row["log_ppl"] for row in found], places + side, "o", color=color)
+            perplexity.plot([row["log_ppl"] for row in of_variants], places + side, "o", color=color)
         toxicity.axvline(base["toxicity"]["mean"], color="0.4", ls=":", lw=1, label="base model")
         perplexity.axvline(base["log_ppl"], color="0.4", ls=":", lw=1)
         for place, one in enumerate(variants):

@@ -131,17 +131,19 @@ def top_activations(pre: np.ndarray, post: np.ndarray, path: Path) -> None:
         axes.set_title(f"The {len(pre)} neurons best aligned with the probe (cf. Yang et al. figure 3)")
 
 
-def toxic_activations(found: list[dict], path: Path) -> None:
+def toxic_activations(neurons: list[dict], path: Path) -> None:
     """Mean activations of toxic neurons before and after DPO, on own and on shared text (Lee figure 2).
 
-    found: `neurons` of residual_shift.py's record.
+    neurons: `neurons` of residual_shift.py's record.
     """
     texts = {"own": "each model's own text", "shared": "the base model's text", "last": "end of the prompt"}
-    places, names = np.arange(len(found)), [one["neuron"] for one in found]
+    places, names = np.arange(len(neurons)), [neuron["neuron"] for neuron in neurons]
     with drawn(path, (9.5, 3.2), title=9, tight=True, ncols=len(texts), sharey=True) as panels:
         for axes, (text, title) in zip(panels, texts.items(), strict=True):
             for side, (name, color, _) in zip((-0.2, 0.2), BEFORE_AFTER, strict=True):
-                axes.bar(places + side, [one[text][name] for one in found], 0.4, color=color, label=f"{name}-DPO")
+                axes.bar(
+                    places + side, [neuron[text][name] for neuron in neurons], 0.4, color=color, label=f"{name}-DPO"
+                )
             axes.axhline(0, color="0.5", lw=0.8)
             axes.set_xticks(places, names, rotation=45, ha="right", fontsize=7)
             axes.set_title(title)
@@ -191,11 +193,11 @@ def logit_lens(row: dict, path: Path) -> None:
     with drawn(path, (5.2 * len(kinds), 3.6), title=9, label=8, tight=True, **grid) as [panels]:
         for axes, kind in zip(panels, kinds, strict=True):
             for name, color, label in BEFORE_AFTER:
-                found = row[kind][name]
+                lens = row[kind][name]
                 # The embedding is at -1/2, the middle of layer l at l, its end at l + 1/2.
-                places = np.arange(-1, len(found["probability"]) - 1) / 2
-                axes.plot(places, found["probability"], "o-", ms=2.5, lw=1, color=color, label=label)
-                axes.fill_between(places, found["low"], found["high"], color=color, alpha=0.15, lw=0)
+                places = np.arange(-1, len(lens["probability"]) - 1) / 2
+                axes.plot(places, lens["probability"], "o-", ms=2.5, lw=1, color=color, label=label)
+                axes.fill_between(places, lens["low"], lens["high"], color=color, alpha=0.15, lw=0)
             for layer, half in (place.removeprefix("L").split() for place in row[kind]["pre"]["raised_most"]):
                 end = int(layer) + (half == "end") / 2
                 axes.axvspan(end - 0.5, end, color="0.85" if half == "end" else "#f3e3c3", lw=0, zorder=0)
@@ -237,8 +239,8 @@ def shift_cosines(cosines: list[np.ndarray], activation: np.ndarray, layer: int,
     grid = {"nrows": 2, "ncols": len(shown), "sharey": "row", "squeeze": False}
     with drawn(path, (1.5 * len(shown) + 1, 3.6), title=8, label=7, tight=True, **grid) as panels:
         for column, earlier in zip(panels.T, shown, strict=True):
-            found = ((cosines[earlier], 1, BLUE), (activation[earlier], limit, ORANGE))
-            for axes, (values, end, color) in zip(column, found, strict=True):
+            histograms = ((cosines[earlier], 1, BLUE), (activation[earlier], limit, ORANGE))
+            for axes, (values, end, color) in zip(column, histograms, strict=True):
                 weights = np.full(len(values), 100 / len(values))
                 axes.hist(np.clip(values, -end, end), np.linspace(-end, end, 41), weights=weights, color=color)
                 axes.axvline(0, color="0.4", lw=0.8)

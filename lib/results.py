@@ -16,13 +16,13 @@ PACKAGES = ["torch", "nnsight", "transformers", "numpy", "scikit-learn", "alt-pr
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def provenance(**more) -> dict:
@@ -110,8 +110,8 @@ class Unfinished:
 
 def once(file: Path, measure: Callable[[], dict]) -> dict:
     """What `file` holds, or what `measure()` returns, kept there: a killed run repeats only what was in flight."""
-    if (found := read_whole_json(file)) is None:
-        found = measure()
+    if (measured := read_whole_json(file)) is None:
+        measured = measure()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
-    return found
+        write_json(file, measured)
+    return measured
