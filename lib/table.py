@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nnsight
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -30,7 +32,8 @@ from lib import (
 from lib.controls import Control
 from lib.experiment import Inputs, Run
 from lib.families import input_device
-from lib.interventions import NO_EDIT
+from lib.interventions import NO_EDIT, Edit, shift
+from lib.offsets import against, offsets
 from lib.statistics import Bootstrap
 
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
@@ -84,6 +87,8 @@ class Table:
         self.waiting: dict[Condition, Subject] = {}
         self.measured: dict[Condition, dict] = {}
         self.neurons: dict[Condition, int] = {}
+        self.offsets: dict[Condition, dict] = {}  # of shifts; see `lib.offsets.against`
+        self.full_shifts: dict[tuple, Edit] = {}  # (seed, choice of means) -> the shift of all neurons
 
     def add(self, name: str, kind: str = "none", edit: Any = NO_EDIT, *, run: Run | None = None,
             model=None, source: models.Source | None = None) -> None:  # fmt: skip
@@ -95,6 +100,10 @@ class Table:
             run: whose seed and means it was made of; None: of no run's.
             model, source: what is edited; None: the base model.
         """
+        if kind == "shift" and run and run.pre_means and run.post_means:
+            pre, post = run.pre_means.activation, run.post_means.activation
+            every = torch.ones_like(pre, dtype=torch.bool)
+            self.full_shifts.setdefault((run.means_from, run.seed), shift(every, pre, post).edit())
         self._add(Condition(name, kind, "", *self._origin(run, kind)), edit, model, source)
 
     def add_control(self, control: Control, kind: str, edit: Any, *, run: Run, control_of: str,
@@ -118,6 +127,7 @@ class Table:
         inputs, todo = self.inputs, list(self.waiting.items())
         if inputs.hosted:
             inputs.remote.say(f"{len(todo)} conditions, each one request at most.")
+        self._compare_offsets()
         for condition, subject in track(todo, "Conditions", console=Console(stderr=True)):
             if subject.edit is NO_EDIT:
                 self.measured[condition] = self._unedited(subject)
@@ -129,6 +139,18 @@ class Table:
                 self.measured[condition] = results.once(file, partial(self._measure, subject, brief))
             self.neurons[condition] = getattr(subject.edit, "n_neurons", 0)
         self.waiting.clear()
+
+    def _compare_offsets(self) -> None:
+        """What each shift that waits adds to the MLPs' output, against the shift of all neurons."""
+        for origin, full_shift in self.full_shifts.items():
+            edits = {
+                condition: subject.edit
+                for condition, subject in self.waiting.items()
+                if condition.kind == "shift" and (condition.means_from, condition.seed) == origin
+            }
+            if edits:
+                full, *rows = self.inputs.at_weights(offsets, [full_shift, *edits.values()])
+                self.offsets |= {condition: against(own, full) for condition, own in zip(edits, rows, strict=True)}
 
     def _measure(self, subject: Subject, brief: bool) -> dict:
         inputs, measures = self.inputs, self.inputs.measures
@@ -205,6 +227,8 @@ class Table:
                 **evaluation.make_row(values, none, dpo, over_prompts, over_passages),
                 "runs": [self._run(condition) for condition in conditions],
             }
+            if conditions[0] in self.offsets:
+                row["offset"] = mean_offset([self.offsets[condition] for condition in conditions])
             if control_of:
                 real = mean[control_of, kind, "", means_from]["toxicity"]
                 row["difference_from_real"] = over_prompts.difference(values["toxicity"], real)
@@ -297,6 +321,15 @@ class Table:
         }
         console.print(tables.continuations(inputs.prompts.items, shown, inputs.options["raw_text"]))
         console.print(f"Record, raw generations, tensors and figures: {inputs.out}", soft_wrap=True)
+
+
+def mean_offset(offsets_of_runs: list[dict[str, list[float]]]) -> dict:
+    """Cosine and projection of a row's offset: the mean over layers, and of each layer, averaged over runs."""
+    row = {}
+    for name in ("cosine", "projection"):
+        by_layer = np.mean([offset[name] for offset in offsets_of_runs], axis=0)
+        row |= {name: float(by_layer.mean()), f"{name}_by_layer": by_layer.tolist()}
+    return row
 
 
 def with_helpers(trace: Callable) -> list[str]:

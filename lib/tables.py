@@ -33,12 +33,17 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
         "log-ppl\npos. 0": lambda row: f"{row['log_ppl_first']:.2f}" if "log_ppl_first" in row else "-",
         "F1": lambda row: f"{row['f1']:.3f}" if "f1" in row else "-",
         "rep.": lambda row: f"{row['repetition']:.2f}",
+        "offset:\ncos. proj.": lambda row: (
+            "{cosine:.2f}  {projection:.2f}".format(**row["offset"]) if "offset" in row else "-"
+        ),
         f"published, {published}:\ntox. log-ppl F1": lambda row: (
             "{toxicity:.3f}  {log_ppl:.2f}  {f1:.3f}".format(**row["published"]) if row.get("published") else "-"
         ),
     }
     if not any("second_toxicity" in row for row in record["rows"]):
         del columns["by 2nd"]
+    if not any("offset" in row for row in record["rows"]):
+        del columns["offset:\ncos. proj."]
     if not published:
         columns.popitem()
     for name in columns:
