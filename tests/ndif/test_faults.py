@@ -10,7 +10,6 @@ import pytest
 from records import PASSAGES, TEXT, compare, record
 from server import KEY, MODEL
 
-AFTERWARDS = 3  # requests after the last condition: the tokens of anti-toxic vectors
 QUICK = (*TEXT, *PASSAGES, "--sets", "top256", "--remote", "-v")
 
 
@@ -97,7 +96,7 @@ def test_garbled_results_are_fetched_again(client, ndif, common, whole, out):
 def test_a_result_that_expired(client, ndif, common, whole, out):
     """It cannot be had: one line, what was finished is kept, and the next run computes what is missing alone."""
     conditions = sum(len(row["runs"]) for row in whole["rows"] if row["kind"] != "none")
-    of_last = sent(whole) - AFTERWARDS - 1  # the last condition's result
+    of_last = sent(whole) - 1  # the last condition's result
     ndif.results.fault("status:403", "/ndif-results/", after=of_last)
     broken = client("patch_four_groups", *common, "--out", out)
     one_line(broken, "cannot be had", "run the command again")
