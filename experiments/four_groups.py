@@ -27,7 +27,7 @@ def command(**options):
 check(command, __name__)  # --help and wrong options end here, before torch is imported
 
 from lib import experiment, neurons, observation, paper, plots_neurons, tables, vectors
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 from lib.metrics import mask, profane_pattern
 
 RANKS = ((2000, 2500), (0, 500), (5000, 5500))  # figures 2c and 6c, 7a, 7b
@@ -35,7 +35,7 @@ N_ANTI = 128  # anti-toxic value vectors whose tokens are looked at; Yang table 
 
 
 def main(**options):
-    with experiment.begin("four_groups", options, Plan(), means_suffice=True) as inputs:
+    with experiment.begin("four_groups", options, Workload(), means_suffice=True) as inputs:
         attributions = {run.seed: inputs.attribute(run) for run in inputs.runs()}
         rows = [
             {

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from lib import experiment, metrics, observation, plots_neurons, results, tables
-from lib.dry_run import Plan, Traces
+from lib.dry_run import Traces, Workload
 from lib.errors import UserError
 from lib.families import layers, mlp_norm, n_layers, unembed
 from lib.remote import session
@@ -57,7 +57,7 @@ def main(tokens, judge, **options):
     scorer = None if tokens else metrics.scorer("words" if options["dry_run"] else judge)
     options |= {"tokens": tokens, "judge": judge, "limit": options["limit"] or ALL}
     # The base model's next tokens and its lens, then the lens of each seed's model after DPO.
-    plan = Plan(means=False, traces=[Traces("read", models=2, once=True), Traces("read")])
+    plan = Workload(means=False, traces=[Traces("read", models=2, once=True), Traces("read")])
 
     with experiment.begin("logit_lens", options, plan, needs=("post",)) as inputs:
         ids = single_tokens(inputs.base.tokenizer, tokens) if tokens else None

@@ -34,7 +34,7 @@ import nnsight
 import torch
 
 from lib import experiment, observation, vectors
-from lib.dry_run import Plan, Traces
+from lib.dry_run import Traces, Workload
 from lib.families import d_mlp, mlp_out, n_layers, parse_neuron
 from lib.remote import session
 from lib.tables import clean, wide_console
@@ -44,7 +44,7 @@ PROMPTS = 5  # of a card
 
 
 def main(neurons, **options):
-    plan = Plan(traces=[Traces("read")])  # where the neurons fire
+    plan = Workload(traces=[Traces("read")])  # where the neurons fire
     with experiment.begin("neuron_card", options | {"neurons": neurons}, plan) as inputs:
         sizes = {"layers": n_layers(inputs.base), "neurons": d_mlp(inputs.base)}
         places = [parse_neuron(name, **sizes, given="NEURONS") for name in neurons]

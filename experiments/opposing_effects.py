@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 
 from lib import chain, experiment, neurons, observation, paper, plots_neurons
 from lib.correlation import correlation
-from lib.dry_run import Plan, Traces
+from lib.dry_run import Traces, Workload
 from lib.errors import UserError
 from lib.observation import percent, spread
 from lib.probes import Probe
@@ -96,7 +96,7 @@ def main(**options):
     if sound_means:
         traces += [Traces("generate", once=True), Traces("read generated", models=2)]
 
-    with experiment.begin("opposing_effects", options, Plan(traces=traces)) as inputs:
+    with experiment.begin("opposing_effects", options, Workload(traces=traces)) as inputs:
         text = observation.own_text(inputs) if sound_means else None
         measured = [measure(inputs, run, text) for run in inputs.runs()]
         rows, first = [row for row, _ in measured], measured[0][1]

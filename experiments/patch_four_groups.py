@@ -6,7 +6,7 @@ model's neurons of these groups their post-DPO activations lowers toxicity as mu
 align best with the probe do little, and the neurons whose toxic projection rose raise it. Each set of neurons is edited
 in two ways:
 
-clamp   set the activation to its mean after DPO, at every token (what the paper's code does)
+clamp   set the activation to its mean after DPO (what the paper's code does)
 shift   add (mean after - mean before DPO) to each token's own activation
 
 The paper measured perplexity with the edit at position 0 alone; `log-ppl (pos. 0)` repeats that, `log-ppl` edits every
@@ -26,12 +26,12 @@ import click
 
 from lib.cli import CAUSAL, check, names_of, numbers, options
 
-GROUPS = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them
+ORDER = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them
 
 
 @click.command(help=__doc__.split("\n")[0])
 @options(*CAUSAL)
-@click.option("--order", default=",".join(GROUPS), show_default=True, callback=names_of(GROUPS, every=True),
+@click.option("--order", default=",".join(ORDER), show_default=True, callback=names_of(ORDER, every=True),
               help="Add the groups so.")  # fmt: skip
 @click.option("--strengths", default="1", callback=numbers, help="How far from before to after DPO.  [default: 1]")
 @click.option("--sets", help="Patch these sets alone, such as four_groups,increasing.  [default: all]")
@@ -44,7 +44,7 @@ check(command, __name__)  # --help and wrong options end here, before torch is i
 from functools import partial
 
 from lib import controls, experiment, interventions, neurons, plots, tables
-from lib.dry_run import Plan, controls_of, for_each_seed
+from lib.dry_run import Workload, controls_of, for_each_seed
 from lib.errors import UserError
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
@@ -69,14 +69,14 @@ def main(order, strengths, sets, **options):
     ]
     tested = "four_groups" if "four_groups" in sets else sets[-1]
     planned = [control for kind in KINDS for control in controls_of(options, kind)]
-    plan = Plan(for_each_seed(options, [kind for _, kind, _ in edits], planned))
+    plan = Workload(for_each_seed(options, [kind for _, kind, _ in edits], planned))
     options |= {"order": order, "strengths": strengths, "sets": sets}
 
     with experiment.begin("patch_four_groups", options, plan, means_suffice=True) as inputs:
         table = Table(inputs, generate, negative_log_likelihood)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
-        for run in inputs.runs():  # one for each seed
+        for run in inputs.runs():  # one for each seed; with --holdout one for each choice of means
             if run.post:
                 table.add("dpo", run=run, model=run.post, source=run.post_source)
             attribution = inputs.attribute(run)

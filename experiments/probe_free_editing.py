@@ -49,7 +49,7 @@ from functools import partial
 from itertools import product
 
 from lib import controls, experiment, interventions, neurons, paper, plots, vectors
-from lib.dry_run import Plan, Planned, controls_of
+from lib.dry_run import Planned, Workload, controls_of
 from lib.errors import UserError
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
@@ -116,7 +116,7 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
     table.show(record, ("none", "dpo", label(representation[0], order, alpha[-1], beta[-1])))
 
 
-def plan_conditions(options: dict, representation, seeded, kinds, alpha: list[float], beta: list[float]) -> Plan:
+def plan_conditions(options: dict, representation, seeded, kinds, alpha: list[float], beta: list[float]) -> Workload:
     """What `main` will measure, for --dry-run."""
     n_edits = len(set(product(alpha, beta)))
     conditions = [[] for _ in options["seeds"] or [options["seed"]]]
@@ -127,7 +127,7 @@ def plan_conditions(options: dict, representation, seeded, kinds, alpha: list[fl
             if at == 0 or name in seeded:
                 of_seed += [Planned(kind)] * n_edits + of_tested[:n_undrawn] * n_edits
             of_seed += of_tested[n_undrawn:]
-    return Plan(conditions)
+    return Workload(conditions)
 
 
 def label(representation: str, order: str, alpha: float, beta: float) -> str:

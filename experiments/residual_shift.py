@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib import experiment, observation, plots_neurons, vectors, weights
-from lib.dry_run import Plan, Traces
+from lib.dry_run import Traces, Workload
 from lib.families import d_mlp, mlp_norm, mlp_out, n_layers, parse_neuron
 from lib.generation import prompt_ids
 from lib.neurons import Means, text_means
@@ -57,7 +57,7 @@ DRAWS = 20  # random directions
 def main(top, neurons, **options):
     options |= {"top": top, "neurons": neurons}
     at_ends = Traces("read", models=2)  # once for streams and neurons, once for the means
-    plan = Plan(traces=[at_ends, at_ends, Traces("generate", once=True), Traces("read generated", models=2)])
+    plan = Workload(traces=[at_ends, at_ends, Traces("generate", once=True), Traces("read generated", models=2)])
     with experiment.begin("residual_shift", options, plan) as inputs:
         sizes = {"layers": n_layers(inputs.base), "neurons": d_mlp(inputs.base)}
         names = neurons.split(",") if neurons else []

@@ -56,7 +56,7 @@ from dpo.trainable import read
 from dpo.variants import arguments, learning_rate, losses_by_rate, trained
 from lib import chain, controls, data, experiment, neurons, paper, plots, tables, weights
 from lib.controls import Control
-from lib.dry_run import Plan, Planned, for_each_seed, n_draws
+from lib.dry_run import Planned, Workload, for_each_seed, n_draws
 from lib.evaluation import average
 from lib.families import key, shape_of
 from lib.generation import NEW_TOKENS, greedy, summed_nll
@@ -75,7 +75,7 @@ def main(variants, top, factor, search, **options):
         read(name)  # raises UserError where it is no part of a model
         if options["remote"] == "ndif":
             raise click.BadParameter(f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants")
-    plan = make_plan(options, names, to_train, search)
+    plan = make_workload(options, names, to_train, search)
     options |= {"variants": ["all", *names], "top": top, "factor": factor, "search": search}
     if to_train:  # with --post too
         options["trained_on"] = data.pairs(options["pairs"]).sha256
@@ -125,13 +125,13 @@ def main(variants, top, factor, search, **options):
     table.show(record, ("none", "dpo", *names))
 
 
-def make_plan(options: dict, names: list[str], to_train: list[str], search: bool) -> Plan:
+def make_workload(options: dict, names: list[str], to_train: list[str], search: bool) -> Workload:
     """What `main` will measure, for --dry-run. names: the variants beside plain DPO."""
     edits = ["keys"] + ["none", "keys"] * len(names)
     drawn = [Planned("keys", control=True)] * n_draws(options) * (1 + len(names))
     commands = [arguments(name, learning_rate(options["model"], name), cosine=None) for name in to_train]
     uncounted = "the further trainings of the search for learning rates" if search else ""
-    return Plan(for_each_seed(options, edits, drawn), means=False, commands=commands, uncounted=uncounted)
+    return Workload(for_each_seed(options, edits, drawn), means=False, commands=commands, uncounted=uncounted)
 
 
 def published(condition: str, kind: str) -> dict:

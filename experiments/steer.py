@@ -72,7 +72,7 @@ from typing import Any
 
 from lib import dry_run, experiment, paper, plots, tables, vectors
 from lib.controls import Control
-from lib.dry_run import Plan, Planned, Traces
+from lib.dry_run import Planned, Traces, Workload
 from lib.families import input_device, layers
 from lib.generation import NEW_TOKENS, batches, greedy, summed_nll
 from lib.interventions import NO_EDIT
@@ -97,7 +97,7 @@ def main(vector, alpha, factor, **options):
     given = {name: paper.steering_scales(options["model"], name) if alpha == "published" else alpha for name in vector}
     options |= {"vector": vector, "alpha": alpha, "factor": factor}
 
-    with experiment.begin("steer", options, make_plan(options, given)) as inputs:
+    with experiment.begin("steer", options, make_workload(options, given)) as inputs:
         table = Table(inputs, generate, negative_log_likelihood)
         table.add("none")
         length, shown = residual_length(inputs), {"none": (inputs.base, NO_EDIT)}
@@ -140,7 +140,7 @@ def main(vector, alpha, factor, **options):
     table.show(record, tuple(line["condition"] for line in examples))
 
 
-def make_plan(options: dict, given: dict[str, list[float] | None]) -> Plan:
+def make_workload(options: dict, given: dict[str, list[float] | None]) -> Workload:
     """What `main` will measure, for --dry-run. given: each vector's alphas; None: three are searched."""
     edits = ["steer"] * sum(3 if alphas is None else len(alphas) for alphas in given.values())
     controls = ["flipped"] * len(given) if options["controls"] != "none" else []  # `zero` is the unedited model
@@ -150,7 +150,7 @@ def make_plan(options: dict, given: dict[str, list[float] | None]) -> Plan:
     length = Traces("read", one_batch=True, once=True)
     tokens = Traces("read", models=len(given) + 2, texts=EXAMPLES, one_batch=True, once=True)
     traces = [length, tokens, tokens._replace(what="generate")]
-    return Plan(conditions, means=False, traces=traces, uncounted="the search for alpha" * (None in given.values()))
+    return Workload(conditions, means=False, traces=traces, uncounted="the search for alpha" * (None in given.values()))
 
 
 def steering(inputs, probe, alpha: float) -> Steering:

@@ -37,7 +37,7 @@ from functools import partial
 import torch
 
 from lib import controls, experiment, interventions, metrics, neurons, paper, plots, plots_neurons, results, tables
-from lib.dry_run import Plan, controls_of, for_each_seed
+from lib.dry_run import Workload, controls_of, for_each_seed
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import edited
@@ -55,7 +55,7 @@ def main(top, judge, **options):
     tested = f"top{max(top)}"
     planned = [control for kind in KINDS for control in controls_of(options, kind)]
     n_sets = len(set(top)) + 1  # by cosine, and by tokens
-    plan = Plan(for_each_seed(options, [*KINDS] * n_sets, planned))
+    plan = Workload(for_each_seed(options, [*KINDS] * n_sets, planned))
     options |= {"judge": judge, "top": top}
 
     with experiment.begin("toxic_neurons_not_enough", options, plan, means_suffice=True) as inputs:

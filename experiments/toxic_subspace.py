@@ -45,7 +45,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib import experiment, observation, paper, plots_neurons, vectors
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 from lib.families import value_vectors, write_gain
 from lib.metrics import mask
 from lib.observation import percent, spread
@@ -58,7 +58,7 @@ INDEPENDENT = 75.0  # %: three independent signs are not all alike
 
 def main(top, **options):
     top = top or vectors.SPANNED[options["protocol"]][0]
-    with experiment.begin("toxic_subspace", options, Plan()) as inputs:
+    with experiment.begin("toxic_subspace", options, Workload()) as inputs:
         rows = []
         for run in inputs.runs():
             row, directions = measure(inputs, run, top)

@@ -52,7 +52,7 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 from lib import experiment, metrics, observation, paper, plots_neurons, results, tables, vectors
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 
 
 def main(top, judge, concept_words, **options):
@@ -62,7 +62,7 @@ def main(top, judge, concept_words, **options):
     options |= {"judge": judge, "words": words, "prompts": "embedded", "limit": 1, "batch_size": 1}
     needs = () if words else ("probe",)
 
-    with experiment.begin("toxic_vectors", options, Plan(means=False), needs=needs) as inputs:
+    with experiment.begin("toxic_vectors", options, Workload(means=False), needs=needs) as inputs:
         rows, lines, written = [], [], inputs.protocol.value_vectors == "written"
         for run in inputs.runs(means=False):  # one for each seed
             direction = vectors.concept(inputs.base, words, inputs.remote) if words else run.probe

@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib import chain, controls, experiment, neurons, paper, plots, tables
 from lib.controls import Control
-from lib.dry_run import Plan, Planned, directions, for_each_seed, n_draws
+from lib.dry_run import Planned, Workload, directions, for_each_seed, n_draws
 from lib.families import key, mlp_out
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import Edit, scaled_by
@@ -55,7 +55,7 @@ KINDS = ("keys", "keys and bias", "values")
 
 
 def main(top, factor, **options):
-    plan = Plan(plan_conditions(options, top, factor))
+    plan = Workload(plan_conditions(options, top, factor))
     options |= {"top": top, "factor": factor}
     tested = label(top[0], factor[0])
 

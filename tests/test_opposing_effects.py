@@ -14,7 +14,7 @@ from test_traces import PROMPTS, hooked
 
 from lib import experiment, neurons, observation
 from lib.correlation import correlation
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 from lib.generation import NEW_TOKENS, batches, greedy
 from lib.weights import lowest_value_cosine
 
@@ -31,7 +31,7 @@ def family(request):
 def begun(family, tiny, inputs, tmp_path, cache):  # noqa: F811
     """A run of a tiny model, as the script begins it."""
     given = {**inputs, "--model": tiny(family), "--post": tiny(family, 1), "--out": tmp_path / "out"}
-    with experiment.begin("opposing_effects", options_of(script, given), Plan()) as found:
+    with experiment.begin("opposing_effects", options_of(script, given), Workload()) as found:
         yield found
 
 

@@ -10,7 +10,7 @@ from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
 from lib import experiment, observation
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 from lib.families import FAMILIES as KINDS
 from lib.families import reach
 from lib.generation import prompt_ids
@@ -30,7 +30,7 @@ def family(request):
 def begun(family, tiny, inputs, tmp_path, cache):  # noqa: F811
     """A run of a tiny model, as the script begins it."""
     given = {**inputs, "--model": tiny(family), "--post": tiny(family, 1), "--out": tmp_path / "out"}
-    with experiment.begin("residual_shift", options_of(script, given), Plan()) as found:
+    with experiment.begin("residual_shift", options_of(script, given), Workload()) as found:
         yield found
 
 

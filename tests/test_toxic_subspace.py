@@ -12,7 +12,7 @@ from test_cli import inputs  # noqa: F401  a fixture
 from test_opposing_effects import arguments, options_of
 
 from lib import experiment, observation, vectors
-from lib.dry_run import Plan
+from lib.dry_run import Workload
 from lib.families import FAMILIES as KINDS
 from lib.families import reach
 
@@ -32,7 +32,7 @@ def begun(tiny, inputs, tmp_path, cache):  # noqa: F811
 
     def begin(family: str, post, **more):
         given = {**inputs, "--model": tiny(family), "--post": post, "--out": tmp_path / "out", **more}
-        contexts.append(experiment.begin("toxic_subspace", options_of(script, given), Plan()))
+        contexts.append(experiment.begin("toxic_subspace", options_of(script, given), Workload()))
         return contexts[-1].__enter__()
 
     yield begin
