@@ -90,8 +90,7 @@ def main(**options):
     if len(chain.prompts(options).items) < 2:
         raise UserError("--limit or --prompts: one prompt cannot be split into halves; give at least two.")
     sound_means = chosen_protocol(options).means_over == "generated"
-    # Means of the base model, where they are the same for all seeds, and of each model after DPO.
-    given_once = sound_means and options["post"] is not None
+    given_once = sound_means and options["post"] is not None  # the means after DPO are the same for all seeds
     traces = [Traces("means", half=half, once=once) for half in (0, 1) for once in (sound_means, given_once)]
     if sound_means:
         traces += [Traces("generate", once=True), Traces("read generated", models=2)]
