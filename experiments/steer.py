@@ -127,8 +127,8 @@ def main(vector, alpha, factor, **options):
                     shown[tested] = inputs.base, edit_of(value)
             table.measure()
             if run.seed == inputs.seeds[0]:
-                with_dpo = shown | {"dpo": (run.post, NO_EDIT)}  # not kept: another seed's model comes
-                examples, with_dpo = continuations(inputs, EXAMPLES, with_dpo, next_tokens, generate), None
+                # DPO's model is not kept in `shown`: another seed's comes.
+                examples = continuations(inputs, EXAMPLES, shown | {"dpo": (run.post, NO_EDIT)}, next_tokens, generate)
 
         lee = factor == "dpo" or vector != ["probe"]  # Lee's table 2, else Yang's 2 and 12
         published = paper.lee_steering if lee else partial(paper.yang_steering, options["model"])

@@ -266,9 +266,8 @@ def writing(place: Path) -> Iterator[None]:
     """Context: a full disk or an unwritable folder becomes a UserError that names the place."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # raised again: safetensors and tokenizers report a failed write by classes of their own
         number = error.errno if isinstance(error, OSError) else None
-        # safetensors reports a failed write as its own exception, with the system's words in it
         if number in DISK_FULL or "No space left" in str(error):
             raise UserError(f"{place}: no space left on the disk; free some, or choose another place.") from error
         if number in NOT_WRITABLE:
