@@ -38,9 +38,9 @@ from rich.table import Table
 
 from lib import artifacts, plots, results
 from lib.errors import UserError
-from lib.evaluation import average
+from lib.evaluation import by_run
 from lib.models import short_name
-from lib.statistics import Bootstrap
+from lib.statistics import Bootstrap, paired
 from lib.tables import wide_console, with_interval
 
 DEFAULT = "results/section6"
@@ -97,25 +97,27 @@ def check_alike(folders: list[Path], records: list[dict]) -> None:
 def compare(records: list[dict], seed: int) -> dict:
     """Every condition against DPO; conditions of several seeds and draws are averaged first."""
     runs: dict[tuple, list[dict]] = {}  # (condition, kind, of, means) -> measurements
+    seeds: dict[tuple, list[int]] = {}  # and of each
     for number, record in enumerate(records):
         for line in record["measurements"]:
             if line["name"] in ("none", "dpo") and number:  # measured in every record, the same each time
                 continue
             compared = {key: line[key] for key in ("toxicity", "second", "nll", "tokens") if key in line}
             key = (line["name"], line["kind"], line["of"], line["means"])
-            runs.setdefault(key, []).append(compared | {"continuations": []})
-    mean = {key: average(measured) for key, measured in runs.items()}
-    none, dpo = (mean[name, "none", "", "same"] for name in ("none", "dpo"))
-    prompts, passages = Bootstrap(len(dpo["toxicity"]), seed), Bootstrap(len(dpo["nll"]), seed + 1)
-    shown = [key for key in mean if "nll" in mean[key]]
-    toxicity = np.stack([np.asarray(mean[key]["toxicity"])[prompts.rows].mean(1) for key in shown])
-    nll = np.stack([np.asarray(mean[key]["nll"])[passages.rows].sum(1) for key in shown])
-    log_ppl = nll / np.asarray(dpo["tokens"])[passages.rows].sum(1)
+            runs.setdefault(key, []).append(compared)
+            seeds.setdefault(key, []).append(line["seed"])
+    numbers = {key: by_run(measured, seeds[key]) for key, measured in runs.items()}
+    none, dpo = (numbers[name, "none", "", "same"] for name in ("none", "dpo"))
+    prompts, passages = Bootstrap(dpo["toxicity"].shape[1], seed), Bootstrap(dpo["nll"].shape[1], seed + 1)
+    shown = [key for key in numbers if "nll" in numbers[key]]
+    toxicity = np.stack([numbers[key]["toxicity"].mean(0)[prompts.rows].mean(1) for key in shown])
+    nll = np.stack([numbers[key]["nll"].mean(0)[passages.rows].sum(1) for key in shown])
+    log_ppl = nll / dpo["tokens"][0][passages.rows].sum(1)
     rows = []
     for key, on_front in zip(shown, share_on_front(toxicity, log_ppl), strict=True):
         row = dict(zip(("condition", "kind", "of", "means"), key, strict=True))
         row |= {"means": None if row["means"] == "same" else row["means"], "runs": len(runs[key])}
-        rows.append(row | against_dpo(mean[key], none, dpo, float(on_front), prompts, passages))
+        rows.append(row | against_dpo(numbers[key], none, dpo, float(on_front), prompts, passages))
     rows.sort(key=lambda row: row["toxicity"]["mean"])
     params = {key: records[0]["params"][key] for key in SAME if key != "model"}
     return {"script": "edits_against_dpo", "model": records[0]["model"], "params": params, "rows": rows}
@@ -124,17 +126,15 @@ def compare(records: list[dict], seed: int) -> dict:
 def against_dpo(values: dict, none: dict, dpo: dict, on_front: float, prompts: Bootstrap, passages: Bootstrap) -> dict:
     """A condition's entries in run.json: toxicity and nats per token, and paired differences to base model and DPO."""
     toxicity = prompts.difference(values["toxicity"], dpo["toxicity"])
-    change, log_ppl = (
-        passages.ratio([a - b for a, b in zip(values["nll"], other["nll"], strict=True)], values["tokens"])
-        for other in (none, dpo)
-    )
+    tokens = values["tokens"][0]
+    change, log_ppl = (passages.ratio(np.subtract(*paired(values["nll"], of["nll"])), tokens) for of in (none, dpo))
     row = {
         "toxicity": prompts.mean(values["toxicity"]),
         "toxicity_against_dpo": toxicity,
-        "log_ppl": sum(values["nll"]) / sum(values["tokens"]),
+        "log_ppl": float(values["nll"].mean(0).sum() / tokens.sum()),
         "log_ppl_change": change,
         "log_ppl_against_dpo": log_ppl,
-        "beats_dpo": toxicity["high"] < 0 and log_ppl["high"] <= 0,
+        "beats_dpo": toxicity["high"] is not None and toxicity["high"] < 0 and log_ppl["high"] <= 0,
         "share_on_front": on_front,
     }
     if "second" in values:

@@ -57,7 +57,6 @@ from dpo.variants import arguments, learning_rate, losses_by_rate, trained
 from lib import chain, controls, data, experiment, neurons, paper, plots, tables, weights
 from lib.controls import Control
 from lib.dry_run import Planned, Workload, for_each_seed, n_draws
-from lib.evaluation import average
 from lib.families import key, shape_of
 from lib.generation import NEW_TOKENS, greedy, summed_nll
 from lib.interventions import scaled_by
@@ -169,7 +168,7 @@ def robustness(measured: dict[Condition, dict], changes: dict[str, list[dict]], 
 def toxicity(measured: dict[Condition, dict], name: str, kind: str, control_of: str = "") -> np.ndarray | None:
     """Of each prompt, `[n_prompts]`, averaged over seeds and draws; None: not measured."""
     values = [measured[c] for c in measured if (c.name, c.kind, c.control_of) == (name, kind, control_of)]
-    return np.array(average(values)["toxicity"]) if values else None
+    return np.mean([numbers["toxicity"] for numbers in values], axis=0) if values else None
 
 
 def restored(base, variant, edited, resamples) -> tuple[float, np.ndarray] | None:

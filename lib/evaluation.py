@@ -214,32 +214,41 @@ def measure(
     return measured | {"tokens": [len(ids) - choices.uncounted for ids in texts.windows], **nll}
 
 
-def average(measured: list[dict]) -> dict:
-    """One condition over its runs (seeds, draws): each prompt's and passage's mean, `continuations` of the first.
+def by_run(measured: list[dict], runs: list[int]) -> dict[str, np.ndarray]:
+    """One condition's numbers, `[n_runs, n_prompts]` or `[n_runs, n_passages]` each, as `lib.statistics` takes them.
 
-    What only some runs hold (`brief`) is theirs.
+    What only some measurements hold (`brief`) is of those.
+
+    Args:
+        measured: what `measure` returned, of several seeds and draws.
+        runs: to which run each belongs; those of one run are averaged.
     """
-    numbers = [key for key in measured[0] if key != "continuations"]
-    together = {key: np.mean([run[key] for run in measured if key in run], axis=0).tolist() for key in numbers}
-    return together | {"continuations": measured[0]["continuations"]}
+    rows = {}
+    for key in (key for key in measured[0] if key != "continuations"):
+        of_run: dict[int, list] = {}
+        for numbers, run in zip(measured, runs, strict=True):
+            if key in numbers:
+                of_run.setdefault(run, []).append(numbers[key])
+        rows[key] = np.array([np.mean(values, axis=0) for values in of_run.values()])
+    return rows
 
 
-def make_row(measured: dict, none: dict, dpo: dict | None, prompts: Bootstrap, passages: Bootstrap) -> dict:
-    """One condition's entries in run.json: means with 95 % paired bootstrap intervals, against base model and DPO."""
+def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, passages: Bootstrap) -> dict:
+    """One condition's entries in run.json: means with 95 % intervals, against base model and DPO; see `by_run`."""
     row = {
-        "toxicity": prompts.mean(measured["toxicity"]),
-        "toxicity_change": prompts.difference(measured["toxicity"], none["toxicity"]),
+        "toxicity": prompts.mean(values["toxicity"]),
+        "toxicity_change": prompts.difference(values["toxicity"], none["toxicity"]),
     }
     if dpo:
-        row["percent_of_dpo"] = prompts.percent_of(measured["toxicity"], none["toxicity"], dpo["toxicity"])
-    if "second" in measured:
-        row["second_toxicity"] = prompts.mean(measured["second"])
-        row["second_toxicity_change"] = prompts.difference(measured["second"], none["second"])
+        row["percent_of_dpo"] = prompts.percent_of(values["toxicity"], none["toxicity"], dpo["toxicity"])
+    if "second" in values:
+        row["second_toxicity"] = prompts.mean(values["second"])
+        row["second_toxicity_change"] = prompts.difference(values["second"], none["second"])
     for key, name in (("nll", "log_ppl"), ("nll_first", "log_ppl_first")):
-        if key in measured:
-            row[name] = sum(measured[key]) / sum(measured["tokens"])  # nats per token over all passages
-            change = [a - b for a, b in zip(measured[key], none[key], strict=True)]
-            row[name + "_change"] = passages.ratio(change, measured["tokens"])
-    if "f1" in measured:
-        row["f1"] = sum(measured["f1"]) / len(measured["f1"])
-    return row | {"repetition": sum(measured["repetition"]) / len(measured["repetition"])}
+        if key in values:
+            tokens = values["tokens"][0]
+            row[name] = float(values[key].mean(0).sum() / tokens.sum())  # nats per token over all passages
+            row[name + "_change"] = passages.ratio(values[key] - none[key], tokens)
+    if "f1" in values:
+        row["f1"] = float(values["f1"].mean())
+    return row | {"repetition": float(values["repetition"].mean())}

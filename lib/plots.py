@@ -38,8 +38,11 @@ def drawn(path: Path, size: tuple[float, float], title=10, label=10, legend=8, t
 
 
 def error_bars(values: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """The means `[n]`, and how far their error bars go down to `low` and up to `high`, `[2, n]`."""
-    mean, low, high = (np.array([value[key] for value in values]) for key in ("mean", "low", "high"))
+    """The means `[n]`, and how far their error bars go down to `low` and up to `high`, `[2, n]`: 0 for no interval."""
+    mean, low, high = (
+        np.array([value["mean"] if value[key] is None else value[key] for value in values])
+        for key in ("mean", "low", "high")
+    )
     return mean, np.abs([mean - low, high - mean])
 
 

@@ -1,54 +1,111 @@
-"""Percentile bootstrap intervals over prompts (or passages); conditions share their resamples, so differences pair."""
+"""95 % intervals: over prompts (or passages) by the bootstrap, and over runs as well where there are several.
+
+Conditions share their resamples, so differences pair. Values are float64 `[n]`, or `[n_runs, n]` with one row for each
+run (a seed's probe and DPO model, or a control's draw). Then `low` and `high` hold for other runs and other prompts,
+and `these_runs` for other prompts alone; with one run they hold for that run.
+"""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import toms748
 
 RESAMPLES = 10_000
 LEVEL = 95.0  # %
+FEWEST = 10  # units that a percentile interval needs: with fewer it covers far less than it says
 
 
 class Bootstrap:
-    """One set of resamples of n units, used for every statistic of a run."""
+    """One set of resamples of n units (prompts, passages, layers), used for every statistic of a run."""
 
     def __init__(self, n: int, seed: int):
         self.rows = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))  # [RESAMPLES, n]
 
-    def mean(self, values) -> dict[str, float]:
-        """Mean of `values` [n] with its interval."""
-        values = np.asarray(values, dtype=np.float64)
-        return interval(values.mean(), values[self.rows].mean(1))
+    def mean(self, values) -> dict:
+        """Mean of `values` with its interval."""
+        values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+        mean = values.mean(0)
+        return self._interval(mean.mean(), mean[self.rows].mean(1), values)
 
-    def difference(self, values, baseline) -> dict[str, float]:
-        """Mean of the paired difference `values - baseline` [n each]."""
-        return self.mean(np.subtract(values, baseline, dtype=np.float64))
+    def difference(self, values, baseline) -> dict:
+        """Mean of the paired difference `values - baseline`; see `paired`."""
+        values, baseline = paired(values, baseline)
+        return self.mean(values - baseline)
 
-    def percent_of(self, values, none, dpo) -> dict[str, float | None]:
-        """How much of DPO's change a condition makes: 100 (none - values) / (none - dpo), in %; all [n].
+    def percent_of(self, values, none, dpo) -> dict:
+        """How much of DPO's change a condition makes: 100 (none - values) / (none - dpo), in %.
 
         The interval is None where DPO's own effect is not above 0 in some resamples: a share of nothing has none.
         """
-        change, full = (np.subtract(none, other, dtype=np.float64) for other in (values, dpo))
+        values, dpo = paired(values, dpo)
+        change, full = np.asarray(none, np.float64) - values, np.asarray(none, np.float64) - dpo
         if full.mean() <= 0:
             return {"mean": None, "low": None, "high": None}
-        point = 100 * change.mean() / full.mean()
-        below = full[self.rows].mean(1)
+        share, below = change.mean() / full.mean(), full.mean(0)[self.rows].mean(1)
         if (below <= 0).any():
-            return {"mean": float(point), "low": None, "high": None}
-        return interval(point, 100 * change[self.rows].mean(1) / below)
+            return {"mean": float(100 * share), "low": None, "high": None}
+        resampled = 100 * change.mean(0)[self.rows].mean(1) / below
+        return self._interval(100 * share, resampled, 100 * (change - share * full) / full.mean())
 
-    def ratio(self, numerator, denominator) -> dict[str, float]:
-        """Ratio of sums, such as nats per token over passages of different length; both [n]."""
-        top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-        return interval(top.sum() / bottom.sum(), top[self.rows].sum(1) / bottom[self.rows].sum(1))
+    def ratio(self, numerator, denominator) -> dict:
+        """Ratio of sums, such as nats per token over passages of different length; `denominator` [n]."""
+        top, bottom = np.atleast_2d(np.asarray(numerator, np.float64)), np.asarray(denominator, np.float64)
+        value, mean = top.mean(0).sum() / bottom.sum(), top.mean(0)
+        resampled = mean[self.rows].sum(1) / bottom[self.rows].sum(1)
+        return self._interval(value, resampled, (top - value * bottom) / bottom.mean())
+
+    def _interval(self, point: float, resampled: np.ndarray, influence: np.ndarray) -> dict:
+        """influence: what each run's each unit adds to the statistic, `[n_runs, n]`, up to a constant."""
+        if self.rows.shape[1] < FEWEST:
+            return {"mean": float(point), "low": None, "high": None}
+        over_units = interval(point, resampled)
+        if len(influence) < 2:
+            return over_units
+        half = half_width(influence)
+        these_runs = [over_units["low"], over_units["high"]]
+        return {"mean": float(point), "low": float(point - half), "high": float(point + half), "these_runs": these_runs}
+
+
+def paired(values, baseline) -> tuple[np.ndarray, np.ndarray]:
+    """Both `[n_runs, n]`, float64. A baseline of one run, such as the base model's, stands beside every run.
+
+    Other numbers of runs cannot be paired: both are averaged, and what is said holds for these runs.
+    """
+    values, baseline = (np.atleast_2d(np.asarray(rows, np.float64)) for rows in (values, baseline))
+    if len(baseline) in (1, len(values)):
+        return values, baseline
+    return values.mean(0, keepdims=True), baseline.mean(0, keepdims=True)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the interval of a mean over runs and units, both of which would be others another time.
+
+    Two-way random effects, by the analysis of variance: Var(mean) = MS_runs / RN + MS_units / RN - MS_rest / RN, at
+    least what either alone gives, with Satterthwaite's degrees of freedom; values `[R, N]`. With few runs that differ
+    it is wide, as it has to be.
+    """
+    n_runs, n_units = values.shape
+    by_run, by_unit = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    rest = np.square(values - by_run - by_unit + values.mean()).sum() / ((n_runs - 1) * (n_units - 1))
+    runs, units = by_run.var(ddof=1) / n_runs, by_unit.var(ddof=1) / n_units
+    variance = max(runs + units - rest / values.size, runs, units)
+    if variance == 0:
+        return 0.0
+    freedom = variance**2 / (runs**2 / (n_runs - 1) + units**2 / (n_units - 1))
+    return float(stats.t.ppf(0.5 + LEVEL / 200, freedom) * math.sqrt(variance))
 
 
 def interval(point: float, resampled: np.ndarray) -> dict[str, float]:
     """The point and the percentiles that leave (100 - LEVEL) / 2 % on each side."""
     low, high = np.percentile(resampled, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return {"mean": float(point), "low": float(low), "high": float(high)}
+
+
+def rank_p(real: float, draws: list[float]) -> float:
+    """Of a value that should lie low among draws: the share of all of them, itself counted, that lie no higher."""
+    return (1 + sum(draw <= real for draw in draws)) / (1 + len(draws))
 
 
 def largest_within(cost: Callable[[float], float], limit: float, start: float, precision: float) -> float:

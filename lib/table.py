@@ -34,7 +34,7 @@ from lib.experiment import Inputs, Run
 from lib.families import input_device
 from lib.interventions import NO_EDIT, Edit, shift
 from lib.offsets import against, offsets
-from lib.statistics import Bootstrap
+from lib.statistics import Bootstrap, rank_p
 
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
 
@@ -211,12 +211,18 @@ class Table:
         grouped: dict[tuple, list[Condition]] = {}
         for condition in self.measured:
             grouped.setdefault(condition.row, []).append(condition)
-        mean = {row: evaluation.average([self.measured[c] for c in conditions]) for row, conditions in grouped.items()}
-        none, dpo = (mean.get(Condition(name).row) for name in ("none", "dpo"))
-        over_passages = Bootstrap(len(none["tokens"]), inputs.options["seed"])
+        numbers = {
+            row: evaluation.by_run([self.measured[c] for c in conditions], self._runs(conditions))
+            for row, conditions in grouped.items()
+        }
+        none, dpo = (numbers.get(Condition(name).row) for name in ("none", "dpo"))
+        over_passages = Bootstrap(none["tokens"].shape[1], inputs.options["seed"])
         rows = []
         for name, kind, control_of, means_from in sorted(grouped, key=lambda row: place(row, list(grouped))):
-            conditions, values = grouped[name, kind, control_of, means_from], mean[name, kind, control_of, means_from]
+            conditions, values = (
+                grouped[name, kind, control_of, means_from],
+                numbers[name, kind, control_of, means_from],
+            )
             row = {
                 "condition": name,
                 "kind": kind,
@@ -230,15 +236,24 @@ class Table:
             if conditions[0] in self.offsets:
                 row["offset"] = mean_offset([self.offsets[condition] for condition in conditions])
             if control_of:
-                real = mean[control_of, kind, "", means_from]["toxicity"]
+                real = numbers[control_of, kind, "", means_from]["toxicity"]
                 row["difference_from_real"] = over_prompts.difference(values["toxicity"], real)
                 if inputs.options["controls"] == "full" and len(conditions) > 1:
-                    above = [run["toxicity"] > sum(real) / len(real) for run in row["runs"]]
-                    row["percent_of_draws_above_real"] = 100 * sum(above) / len(above)
+                    row["rank_p"] = rank_p(float(real.mean()), [run["toxicity"] for run in row["runs"]])
             else:
                 row |= published(name, kind)
             rows.append(row)
         return rows
+
+    def _runs(self, conditions: list[Condition]) -> list[int]:
+        """The run of each measurement of a row: its seed, whose draws share a probe and a DPO model.
+
+        With one seed it is the draw. A row that not every seed has stands for its own runs alone.
+        """
+        if len(self.inputs.seeds) == 1:
+            return [condition.draw for condition in conditions]
+        seeds = [condition.seed for condition in conditions]
+        return seeds if set(seeds) == set(self.inputs.seeds) else [0] * len(seeds)
 
     def _run(self, condition: Condition) -> dict:
         measured = self.measured[condition]

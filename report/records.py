@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import load_file
 
 from lib.errors import UserError
+from lib.evaluation import by_run
 from lib.statistics import Bootstrap
 
 
@@ -67,18 +67,23 @@ class Record:
         return lines(self.folder / "measurements.jsonl")
 
     def paired(self, first: tuple[str, str, str], second: tuple[str, str, str]) -> dict | None:
-        """The difference in toxicity of two rows, with its interval over prompts, as run.json's are made.
+        """The difference in toxicity of two rows, with its interval over prompts and runs, as run.json's are made.
 
-        first, second: (condition, kind, of). A prompt's toxicity is the mean over seeds and draws. None where one of
-        them was not measured.
+        first, second: (condition, kind, of). None where one of them was not measured.
         """
-        means = []
+        compared = []
         for wanted in (first, second):
-            measured = [one for one in self.measurements if (one["name"], one["kind"], one["of"]) == wanted]
-            means.append(np.mean([one["toxicity"] for one in measured], axis=0) if measured else None)
-        if any(mean is None for mean in means):
-            return None
-        return Bootstrap(len(means[0]), self.data["params"]["seed"]).difference(*means)
+            measured = [line for line in self.measurements if (line["name"], line["kind"], line["of"]) == wanted]
+            if not measured:
+                return None
+            compared.append(
+                by_run(
+                    [{"toxicity": line["toxicity"], "continuations": []} for line in measured],
+                    [line["seed"] for line in measured],
+                )
+            )
+        values, baseline = (of_row["toxicity"] for of_row in compared)
+        return Bootstrap(values.shape[1], self.data["params"]["seed"]).difference(values, baseline)
 
     @property
     def shares(self) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from lib import paper
 from lib.errors import UserError
 from lib.metrics import mask, repetition, scorer, token_f1
-from lib.statistics import Bootstrap, largest_within
+from lib.statistics import Bootstrap, largest_within, rank_p
 
 
 def test_f1_by_hand():
@@ -30,6 +30,44 @@ def test_intervals_cover_the_mean_of_a_known_distribution():
     boot = Bootstrap(60, seed=1)
     held = sum(low["low"] <= 2.0 <= low["high"] for low in map(boot.mean, draws))
     assert 180 <= held <= 199
+
+
+@pytest.mark.parametrize("n_runs", [3, 5, 10])
+def test_two_way_intervals_hold_over_runs_that_differ_and_prompts_that_differ(n_runs):
+    """Runs, prompts and their pairs vary; over prompts alone the interval covers far less than it says."""
+    draw, boot, held, over_prompts = np.random.default_rng(n_runs), Bootstrap(48, 1), 0, 0
+    for _ in range(200):
+        runs, prompts = 0.1 * draw.normal(size=(n_runs, 1)), 0.2 * draw.normal(size=(1, 48))
+        found = boot.mean(2.0 + runs + prompts + 0.2 * draw.normal(size=(n_runs, 48)))
+        held += found["low"] <= 2.0 <= found["high"]
+        over_prompts += found["these_runs"][0] <= 2.0 <= found["these_runs"][1]
+    assert 180 <= held <= 199
+    assert over_prompts < 170
+
+
+def test_a_share_and_a_ratio_over_runs_cover_too():
+    draw, prompts, passages, held = np.random.default_rng(0), Bootstrap(48, 1), Bootstrap(30, 2), np.zeros(2)
+    tokens = draw.integers(20, 64, 30)
+    for _ in range(200):
+        none, size = draw.uniform(0.4, 0.9, 48), draw.uniform(0.2, 0.4, 48)
+        share = 0.5 + 0.1 * draw.normal(size=(4, 1)) + 0.1 * draw.normal(size=(4, 48))
+        of_dpo = prompts.percent_of(none - share * size, none, none - size)
+        cost = 0.3 + 0.1 * draw.normal(size=(4, 1)) + 0.1 * draw.normal(size=(1, 30))
+        nats = passages.ratio(cost * tokens, tokens)
+        held += [of_dpo["low"] <= 50 <= of_dpo["high"], nats["low"] <= 0.3 <= nats["high"]]
+    assert (held >= 180).all() and (held < 200).all()
+
+
+def test_no_interval_from_fewer_than_ten_units():
+    for n in (1, 2, 9):
+        for values in (np.linspace(0, 1, n), np.random.default_rng(n).random((3, n))):
+            assert Bootstrap(n, 0).mean(values) == {"mean": pytest.approx(values.mean()), "low": None, "high": None}
+    assert Bootstrap(10, 0).mean(np.linspace(0, 1, 10))["low"] is not None
+
+
+def test_rank_p_counts_the_real_value_among_the_draws():
+    assert rank_p(0.1, [0.2] * 19) == pytest.approx(0.05)
+    assert rank_p(0.1, [0.05, 0.1, 0.3]) == pytest.approx(0.75)
 
 
 def test_percent_of_dpo():

@@ -385,7 +385,8 @@ def test_l_windows_of_a_stream_and_of_passages(family, traced, tiny):
         nll = [window_nll(raw, row) for row in rows]
         divisor = sum(len(row) - (settings == SOUND) for row in rows)
         assert found["nll"] == pytest.approx(nll, rel=1e-5) and sum(found["tokens"]) == divisor
-        row = evaluation.make_row(found, found, None, Bootstrap(len(PROMPTS), 0), Bootstrap(len(rows), 0))
+        values = evaluation.by_run([found], [0])
+        row = evaluation.make_row(values, values, None, Bootstrap(len(PROMPTS), 0), Bootstrap(len(rows), 0))
         assert row["log_ppl"] == pytest.approx(sum(nll) / divisor, rel=1e-5)
 
 
