@@ -47,7 +47,7 @@ from lib import controls, experiment, interventions, neurons, plots, tables
 from lib.dry_run import Workload, controls_of, for_each_seed
 from lib.errors import UserError
 from lib.families import mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import edited
 from lib.paper import published_row
 from lib.table import Table
@@ -73,7 +73,7 @@ def main(order, strengths, sets, **options):
     options |= {"order": order, "strengths": strengths, "sets": sets}
 
     with experiment.begin("patch_four_groups", options, plan, means_suffice=True) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
         for run in inputs.runs():  # one for each seed; with --holdout one for each choice of means
@@ -138,11 +138,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

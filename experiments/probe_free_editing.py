@@ -52,7 +52,7 @@ from lib import controls, experiment, interventions, neurons, paper, plots, vect
 from lib.dry_run import Planned, Workload, controls_of
 from lib.errors import UserError
 from lib.families import mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import edited
 from lib.protocol import chosen_protocol
 from lib.table import Table
@@ -78,7 +78,7 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
     options |= {"positions": protocol.edit_positions, "words": words}
 
     with experiment.begin("probe_free_editing", options, planned, needs=needs, protocol=protocol) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         norms, contrast = inputs.at_weights(controls.value_norms), None
         if "tokens" in representation:
@@ -169,11 +169,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

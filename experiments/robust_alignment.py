@@ -58,7 +58,7 @@ from lib import chain, controls, data, experiment, neurons, paper, plots, tables
 from lib.controls import Control
 from lib.dry_run import Planned, Workload, for_each_seed, n_draws
 from lib.families import key, shape_of
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import scaled_by
 from lib.models import resolve
 from lib.remote import at_weights
@@ -80,7 +80,7 @@ def main(variants, top, factor, search, **options):
         options["trained_on"] = data.pairs(options["pairs"]).sha256
 
     with experiment.begin("robust_alignment", options, plan) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         given = {name: resolve(path, option="--variants", weights=not inputs.hosted) for name, path in adapters.items()}
         for name, source in given.items() if not inputs.hosted else ():
@@ -200,11 +200,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

@@ -74,7 +74,7 @@ from lib import dry_run, experiment, paper, plots, tables, vectors
 from lib.controls import Control
 from lib.dry_run import Planned, Traces, Workload
 from lib.families import input_device, layers
-from lib.generation import NEW_TOKENS, batches, greedy, summed_nll
+from lib.generation import NEW_TOKENS, batches, greedy, token_losses
 from lib.interventions import NO_EDIT
 from lib.remote import session
 from lib.steering import allowed, continuations, search
@@ -98,7 +98,7 @@ def main(vector, alpha, factor, **options):
     options |= {"vector": vector, "alpha": alpha, "factor": factor}
 
     with experiment.begin("steer", options, make_workload(options, given)) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         length, shown = residual_length(inputs), {"none": (inputs.base, NO_EDIT)}
         entries = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}  # of the record
@@ -208,11 +208,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

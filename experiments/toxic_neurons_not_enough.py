@@ -39,7 +39,7 @@ import torch
 from lib import controls, experiment, interventions, metrics, neurons, paper, plots, plots_neurons, results, tables
 from lib.dry_run import Workload, controls_of, for_each_seed
 from lib.families import mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import edited
 from lib.table import Table
 from lib.vectors import lenses, unit_vectors
@@ -59,7 +59,7 @@ def main(top, judge, **options):
     options |= {"judge": judge, "top": top}
 
     with experiment.begin("toxic_neurons_not_enough", options, plan, means_suffice=True) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
         attributions, judged = {}, {}  # of each seed
@@ -203,11 +203,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

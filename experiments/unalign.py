@@ -47,7 +47,7 @@ from lib import chain, controls, experiment, neurons, paper, plots, tables
 from lib.controls import Control
 from lib.dry_run import Planned, Workload, directions, for_each_seed, n_draws
 from lib.families import key, mlp_out
-from lib.generation import NEW_TOKENS, greedy, summed_nll
+from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import Edit, scaled_by
 from lib.table import Table
 
@@ -60,7 +60,7 @@ def main(top, factor, **options):
     tested = label(top[0], factor[0])
 
     with experiment.begin("unalign", options, plan) as inputs:
-        table = Table(inputs, generate, negative_log_likelihood)
+        table = Table(inputs, generate, likelihood)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
         for run in inputs.runs():  # one for each seed
@@ -179,11 +179,11 @@ def generate(model, batch: dict, edit, where: slice):
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def negative_log_likelihood(model, batch: dict, edit, where: slice):
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats."""
+def likelihood(model, batch: dict, edit, where: slice, base=None):
+    """Each row's summed negative log-likelihood and KL(base || edited), `[2, batch]` float64, nats."""
     with model.trace(batch):
         intervene(model, edit, where)
-        losses = summed_nll(model.output.logits, batch["input_ids"], batch["attention_mask"]).save()
+        losses = token_losses(model.output.logits, batch, base).save()
     return losses
 
 

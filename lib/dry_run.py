@@ -124,6 +124,7 @@ def passes_of(
     n_post: int,
     given_post: bool,
     released: int | None,
+    hosted: bool,
 ) -> tuple[list[Pass], int]:
     """All forward passes of a plan, and how many conditions it measures.
 
@@ -132,6 +133,7 @@ def passes_of(
         measures: None where nothing is edited.
         n_post: models after DPO.
         given_post: all of them are one, which is measured once and found in the cache then.
+        hosted: on a server.
         released: where means are taken as the released code does (`lib.neurons.released_means`), tokens of a prompt.
     """
     size = BATCH if batch_size == "auto" else batch_size
@@ -157,6 +159,10 @@ def passes_of(
     ]
     for planned, brief in unedited + edits:
         passes += measuring(measures.texts, measures.choices, size, planned, brief)
+    moved = len(unedited) - 1 + len(edits)  # from the base model, whose predictions a server computes for each anew
+    passes += (moved if hosted else min(moved, 1)) * list(
+        reading(measures.texts.windows, measures.texts.windows_at_once, logits=True)
+    )
     return passes, 1 + n_post + len(edits)
 
 

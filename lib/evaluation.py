@@ -6,11 +6,23 @@ from typing import Any
 
 import nnsight
 import numpy as np
+import psutil
+import torch
 
 from lib.data import Dataset
 from lib.errors import UserError
 from lib.families import input_device
-from lib.generation import NEW_TOKENS, decode, end_ids, left_padded, prompt_ids, right_padded, until_end, windows
+from lib.generation import (
+    NEW_TOKENS,
+    decode,
+    end_ids,
+    left_padded,
+    log_probabilities,
+    prompt_ids,
+    right_padded,
+    until_end,
+    windows,
+)
 from lib.interventions import NO_EDIT
 from lib.metrics import Scorer, repetition, scorer, token_f1
 from lib.remote import Server, session
@@ -156,6 +168,19 @@ def make_measures(
     return Measures(passages=passages, choices=choices, texts=texts, scorer=first, second_scorer=second)
 
 
+def known_predictions(base, texts: Texts) -> list[torch.Tensor | None]:
+    """The base model's `log_probabilities` of each batch of windows, on the CPU, for `measure`.
+
+    None each where all of them would take more than a quarter of the memory that is free: `measure` computes them anew
+    for every condition then.
+    """
+    read = list(right_padded(texts.windows, texts.windows_at_once, input_device(base)))
+    size = 2 * base.config.vocab_size * sum(batch["input_ids"].numel() for batch in read)
+    if size > psutil.virtual_memory().available / 4:
+        return [None] * len(read)
+    return [log_probabilities(base, batch).cpu() for batch in read]
+
+
 def measure(
     model,
     edit: Any,
@@ -164,6 +189,8 @@ def measure(
     likelihood: Callable,
     *,
     batch_size: int,
+    base=None,
+    known: list[torch.Tensor] | None = None,
     brief: bool = False,
     remote: Server | str | bool = False,
 ) -> dict[str, list]:
@@ -172,12 +199,15 @@ def measure(
     Args:
         edit: what the script's traces apply; it has a `kind`.
         generate: a script's `(model, left-padded batch, edit, edited positions) -> new ids [batch, NEW_TOKENS]`.
-        likelihood: `(model, right-padded batch, edit, edited positions) -> [batch]`, nats: summed negative
-            log-likelihood.
+        likelihood: `(model, right-padded batch, edit, edited positions, base's log-probabilities) -> [2, batch]`,
+            nats: see `lib.generation.token_losses`.
+        base: the model that `kl` is the distance from; None: it is not measured.
+        known: its predictions where they are computed already: `known_predictions`.
         brief: for controls: no F1, and the perplexity that is compared alone.
 
     Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
-        with every position edited, `nll_first` with position 0 edited alone, in nats).
+        with every position edited, and its `kl`, the summed KL(base || model) of the tokens; `nll_first` with position
+        0 edited alone; in nats).
     """
     texts, choices = measures.texts, measures.choices
     device, edited = input_device(model), choices.edited
@@ -185,24 +215,29 @@ def measure(
     asked = list(choices.batches(model.tokenizer, texts.prompt_ids, continued, batch_size, device))
     read = list(right_padded(texts.windows, texts.windows_at_once, device))
     perplexities = choices.perplexities(edit.kind, brief)
-    places = list(perplexities.values())
+    moved = base is not None and not (model is base and edit is NO_EDIT)  # else the distance is 0
+    places = [(where, where != EVERYWHERE or not moved) for where in perplexities.values()]
+    known = known or [None] * len(read)
     with session(model, remote):
         ids, losses = nnsight.save([]), nnsight.save([])
         for batch in asked:
             ids.append(generate(model, batch, edit, edited).cpu())
-        for place in places:
-            for batch in read:
-                losses.append(likelihood(model, batch, edit, place).cpu())
+        for place, alone in places:
+            for batch, expected in zip(read, known, strict=True):
+                if not alone and expected is None:  # unnamed, as a session sends back what it names and saves
+                    losses.append(likelihood(model, batch, edit, place, log_probabilities(base, batch)))
+                else:
+                    losses.append(likelihood(model, batch, edit, place, None if alone else expected))
 
     ends = end_ids(model)
     new = [row for part in ids for row in until_end(part, ends)]
     rows, continuing = new[: len(texts.prompts)], new[len(texts.prompts) :]
     continuations = choices.continuations(model.tokenizer, texts.prompts, texts.prompt_ids, rows)
-    sums = [total for part in losses for total in part.tolist()]
-    count = len(texts.windows)
-    nll = {name: sums[at * count : (at + 1) * count] for at, name in enumerate(perplexities)}
-    if edit is NO_EDIT and "nll" in nll:
-        nll["nll_first"] = nll["nll"]
+    sums = torch.cat(list(losses), 1).view(2, len(places), len(texts.windows)).tolist()
+    nll = dict(zip(perplexities, sums[0], strict=True))
+    if "nll" in nll:
+        nll |= {"kl": sums[1][list(perplexities).index("nll")]} if base is not None else {}
+        nll |= {"nll_first": nll["nll"]} if edit is NO_EDIT else {}
     measured = {
         "continuations": continuations,
         "toxicity": measures.scorer(continuations).tolist(),
@@ -244,11 +279,13 @@ def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, pas
     if "second" in values:
         row["second_toxicity"] = prompts.mean(values["second"])
         row["second_toxicity_change"] = prompts.difference(values["second"], none["second"])
+    tokens = values["tokens"][0]
     for key, name in (("nll", "log_ppl"), ("nll_first", "log_ppl_first")):
         if key in values:
-            tokens = values["tokens"][0]
             row[name] = float(values[key].mean(0).sum() / tokens.sum())  # nats per token over all passages
             row[name + "_change"] = passages.ratio(values[key] - none[key], tokens)
+    if "kl" in values:
+        row["kl"] = passages.ratio(values["kl"], tokens)
     if "f1" in values:
         row["f1"] = float(values["f1"].mean())
     return row | {"repetition": float(values["repetition"].mean())}

@@ -259,6 +259,7 @@ def begin(
             n_post=n_post,
             given_post=bool(options["post"]),
             released=longest if protocol.means_over == "last20" else None,
+            hosted=bool(options["remote"]),
         )
         dry_run.tell(
             options,

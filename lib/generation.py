@@ -118,16 +118,36 @@ def windows(tokenizer, passages: list[str], length: int, at_least: int) -> list[
     return [row for row in encode(tokenizer, passages, length) if len(row) >= at_least]
 
 
-def summed_nll(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Summed negative log-likelihood of each row's tokens but the first, `[batch]` float64, nats.
+def log_probabilities(model, batch: dict):
+    """A model's predictions at all positions but the last, `[batch, positions - 1, vocab]` float16: `token_losses`."""
+    with model.trace(batch):
+        predicted = model.output.logits[:, :-1].log_softmax(-1, dtype=torch.float32).clamp(min=-6e4).half().save()
+    return predicted
 
-    logits `[batch, positions, vocab]`; ids and real (1: a token, 0: padding) `[batch, positions]`.
+
+def token_losses(logits: torch.Tensor, batch: dict, base: torch.Tensor | None = None) -> torch.Tensor:
+    """Each row's summed negative log-likelihood of its tokens but the first, and its summed KL(base || logits).
+
+    Args:
+        logits: `[batch, positions, vocab]`.
+        batch: `input_ids` and `attention_mask` (1: a token, 0: padding), `[batch, positions]`.
+        base: the base model's `log_probabilities`; None: no KL, which is 0 then.
+
+    Returns: `[2, batch]` float64 on the CPU, nats.
     """
-    sums = torch.zeros(len(ids), dtype=torch.float64)
+    ids, counted = batch["input_ids"].to(logits.device), batch["attention_mask"][:, 1:].bool().cpu()
+    sums = torch.zeros(2, len(ids), dtype=torch.float64)
     for row in range(len(ids)):  # one row at a time: a float32 copy of all logits would double the memory
-        predicted, actual = logits[row, :-1].float(), ids[row, 1:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(predicted, actual, reduction="none").cpu().double()
-        sums[row] = loss[real[row, 1:].bool().cpu()].sum()
+        predicted = logits[row, :-1].float()
+        log_sum = predicted.logsumexp(-1)
+        nll = log_sum - predicted.gather(-1, ids[row, 1:, None])[:, 0]
+        sums[0, row] = nll.cpu().double()[counted[row]].sum()
+        if base is not None:
+            log_p = base[row].to(predicted)
+            p = log_p.exp()
+            mass = p.sum(-1)  # 1 but for float16's rounding
+            kl = (p * (log_p - predicted)).sum(-1) / mass - mass.log() + log_sum
+            sums[1, row] = kl.cpu().double()[counted[row]].sum()
     return sums
 
 

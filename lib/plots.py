@@ -3,6 +3,7 @@
 Each figure is one PNG. The others are in plots_neurons and plots_training.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import cycle, product
 from pathlib import Path
@@ -47,28 +48,41 @@ def error_bars(values: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
-    """Toxicity with intervals against log-perplexity with every position edited; controls hollow and without a name."""
+    """Toxicity with intervals against both measures of damage; controls hollow and without a name.
+
+    Damage: log-perplexity with every position edited, and KL from the base model where the rows have it.
+    """
     rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
+    damages = [("log-perplexity, every position edited (nats a token)", lambda row: row["log_ppl"])]
+    if all("kl" in row for row in rows):
+        damages.append(("KL(base || edited), every position edited (nats a token)", lambda row: row["kl"]["mean"]))
+    with drawn(path, (6.5 * len(damages), 4.6), ncols=len(damages), squeeze=False, sharey=True) as panels:
+        for axes, (label, damage) in zip(panels[0], damages, strict=True):
+            axes.set_xlabel(label)
+            _points(axes, rows, damage)
+        panels[0, 0].set(ylabel=f"toxicity ({scorer}), 95 % interval")
+        panels[0, 0].legend(title="edit")
+
+
+def _points(axes, rows: list[dict], damage: Callable[[dict], float]) -> None:
+    """Each row's toxicity at its damage, with names that do not cover one another."""
     named, taken = {"none"}, []
-    with drawn(path, (7, 4.6)) as axes:
-        for row in rows:
-            kind = "none" if row["condition"] in {"none", "dpo"} else row["kind"]
-            name = f"controls, {kind}" if row["of"] else kind
-            style = {"color": COLORS[kind], "marker": MARKERS[kind], "lw": 0, "label": None if name in named else name}
-            named.add(name)
-            if row["of"]:
-                axes.plot(row["log_ppl"], row["toxicity"]["mean"], mfc="none", ms=4, alpha=0.6, **style)
-            else:
-                mean, around = error_bars([row["toxicity"]])
-                axes.errorbar(row["log_ppl"], mean, around, ms=6, elinewidth=0.7, alpha=0.9, **style)
-        axes.set_xlabel("log-perplexity, every position edited (nats per token; lower is better)")
-        axes.set(ylabel=f"toxicity ({scorer}), 95 % interval", title="Toxicity against perplexity", xmargin=0.12)
-        axes.legend(title="edit")
-        axes.grid(color="0.93")
-        axes.figure.draw_without_rendering()  # settles the axes' limits, which the labels' places depend on
-        for row in (row for row in rows if not row["of"]):
-            text = {"none": "base model", "dpo": "DPO"}.get(row["condition"], row["condition"].replace("_", " "))
-            taken.append(_label(axes, text, (row["log_ppl"], row["toxicity"]["mean"]), taken))
+    for row in rows:
+        kind = "none" if row["condition"] in {"none", "dpo"} else row["kind"]
+        name = f"controls, {kind}" if row["of"] else kind
+        style = {"color": COLORS[kind], "marker": MARKERS[kind], "lw": 0, "label": None if name in named else name}
+        named.add(name)
+        if row["of"]:
+            axes.plot(damage(row), row["toxicity"]["mean"], mfc="none", ms=4, alpha=0.6, **style)
+        else:
+            mean, around = error_bars([row["toxicity"]])
+            axes.errorbar(damage(row), mean, around, ms=6, elinewidth=0.7, alpha=0.9, **style)
+    axes.margins(x=0.12)
+    axes.grid(color="0.93")
+    axes.figure.draw_without_rendering()  # settles the axes' limits, which the labels' places depend on
+    for row in (row for row in rows if not row["of"]):
+        text = {"none": "base model", "dpo": "DPO"}.get(row["condition"], row["condition"].replace("_", " "))
+        taken.append(_label(axes, text, (damage(row), row["toxicity"]["mean"]), taken))
 
 
 def _label(axes, text: str, point: tuple[float, float], taken: list):

@@ -81,13 +81,14 @@ class Table:
 
         Args:
             generate: `(model, batch, edit, where) -> ids [batch, NEW_TOKENS]`.
-            likelihood: `(model, batch, edit, where) -> [batch]`, nats.
+            likelihood: `(model, batch, edit, where, base) -> [2, batch]`, nats: `lib.generation.token_losses`.
         """
         self.inputs, self.generate, self.likelihood = inputs, generate, likelihood
         self.waiting: dict[Condition, Subject] = {}
         self.measured: dict[Condition, dict] = {}
         self.neurons: dict[Condition, int] = {}
         self.offsets: dict[Condition, dict] = {}  # of shifts; see `lib.offsets.against`
+        self.known: list[torch.Tensor] | None = None  # the base model's predictions; see `evaluation.measure`
         self.full_shifts: dict[tuple, Edit] = {}  # (seed, choice of means) -> the shift of all neurons
 
     def add(self, name: str, kind: str = "none", edit: Any = NO_EDIT, *, run: Run | None = None,
@@ -154,6 +155,12 @@ class Table:
 
     def _measure(self, subject: Subject, brief: bool) -> dict:
         inputs, measures = self.inputs, self.inputs.measures
+        if (
+            self.known is None
+            and not inputs.remote
+            and (subject.edit is not NO_EDIT or subject.model is not inputs.base)
+        ):
+            self.known = evaluation.known_predictions(inputs.base, measures.texts)
         return inputs.fitting(
             lambda: evaluation.measure(
                 subject.model,
@@ -161,7 +168,9 @@ class Table:
                 measures,
                 self.generate,
                 self.likelihood,
+                base=inputs.base,
                 batch_size=inputs.batch_size,
+                known=self.known,
                 brief=brief,
                 remote=inputs.remote,
             )
@@ -173,6 +182,7 @@ class Table:
         code = [module.__file__ for module in (evaluation, generation, metrics, released)]
         fields = {
             "model": subject.source.revision,
+            "base": inputs.source.revision,
             "texts": hashlib.sha256(json.dumps(dataclasses.astuple(measures.texts)).encode()).hexdigest(),
             "protocol": dataclasses.asdict(inputs.protocol),
             "scorer": measures.scorer.identity,
@@ -198,7 +208,7 @@ class Table:
         with remote.session(model, self.inputs.remote):
             sums = nnsight.save([])
             for batch in batches:
-                sums.append(likelihood(model, batch, edit, where).sum())
+                sums.append(likelihood(model, batch, edit, where)[0].sum())
         return float(sum(sums)) / sum(len(ids) - 1 for ids in texts.windows)
 
     def rows(self, published: Callable[[str, str], dict]) -> list[dict]:
@@ -312,7 +322,7 @@ class Table:
     def _measurements(self) -> Iterator[dict]:
         """Lines of measurements.jsonl: every number of every measurement, over prompts and over passages."""
         for condition, measured in self.measured.items():
-            digits = {key: 4 if key.startswith("nll") else 5 for key in measured if key != "continuations"}
+            digits = {key: 4 if key.startswith(("nll", "kl")) else 5 for key in measured if key != "continuations"}
             yield condition.fields | {key: [round(x, n) for x in measured[key]] for key, n in digits.items()}
 
     def show(self, record: dict, conditions: tuple[str, ...]) -> None:

@@ -30,6 +30,7 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
             "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0)
         ),
         "log-ppl": lambda row: f"{row['log_ppl']:.2f}" if "log_ppl" in row else "-",
+        "KL": lambda row: f"{row['kl']['mean']:.2f}" if "kl" in row else "-",
         "log-ppl\npos. 0": lambda row: f"{row['log_ppl_first']:.2f}" if "log_ppl_first" in row else "-",
         "F1": lambda row: f"{row['f1']:.3f}" if "f1" in row else "-",
         "rep.": lambda row: f"{row['repetition']:.2f}",
@@ -42,6 +43,8 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
     }
     if not any("second_toxicity" in row for row in record["rows"]):
         del columns["by 2nd"]
+    if not any("kl" in row for row in record["rows"]):
+        del columns["KL"]
     if not any("offset" in row for row in record["rows"]):
         del columns["offset:\ncos. proj."]
     if not published:
@@ -161,9 +164,11 @@ def number(value: float) -> str:
 
 
 def cell(value) -> str:
-    """`51.42`, or `0.228 [0.19, 0.39]` for a value with its interval or range."""
+    """`51.42`, or `0.228 [0.19, 0.39]` for a value with its interval or range (`[-]`: none from so few)."""
     if not isinstance(value, dict):
         return number(value)
+    if value["low"] is None:
+        return f"{number(value['mean'])} [-]"
     return f"{number(value['mean'])} [{number(value['low'])}, {number(value['high'])}]"
 
 

@@ -111,19 +111,19 @@ def keys(model):
 WORK = {
     "edited generation": lambda a, b: [PATCH.generate(a, asked(a), edit(k), ALL) for k in ("clamp", "shift", "scale")],
     "edited likelihood": lambda a, b: [
-        PATCH.negative_log_likelihood(a, passages(a), edit(kind), where)
+        PATCH.likelihood(a, passages(a), edit(kind), where)
         for kind in ("clamp", "shift", "scale")
         for where in (ALL, slice(0, 1))
     ],
     "steered generation": lambda a, b: STEER.generate(a, asked(a), STEER.Steering(3 * probe().direction, "mlp"), ALL),
-    "steered likelihood": lambda a, b: STEER.negative_log_likelihood(
+    "steered likelihood": lambda a, b: STEER.likelihood(
         a, passages(a), STEER.Steering(3 * probe().direction, "residual"), ALL
     ),
     "scaled keys, generation": lambda a, b: UNALIGN.generate(a, asked(a), keys(a), ALL),
     "scaled keys, likelihood": lambda a, b: [
-        UNALIGN.negative_log_likelihood(a, passages(a), keys(a), ALL),
-        UNALIGN.negative_log_likelihood(a, passages(a), interventions.scaled_by("values", some_neurons(), 2.0), ALL),
-        ROBUST.negative_log_likelihood(a, passages(a), keys(a), ALL),
+        UNALIGN.likelihood(a, passages(a), keys(a), ALL),
+        UNALIGN.likelihood(a, passages(a), interventions.scaled_by("values", some_neurons(), 2.0), ALL),
+        ROBUST.likelihood(a, passages(a), keys(a), ALL),
     ],
     "mean activations": lambda a, b: [
         part for means in neurons.mean_activations(a, PROMPTS, 3) for part in (means.activation, means.write)

@@ -64,7 +64,8 @@ def test_the_record(whole):
     assert rows["dpo", "none"]["log_ppl"] != rows["none", "none"]["log_ppl"]
     assert rows["four_groups", "clamp"]["log_ppl"] != rows["four_groups", "clamp"]["log_ppl_first"]
     for row in record["rows"]:
-        assert row["toxicity"]["low"] <= row["toxicity"]["mean"] <= row["toxicity"]["high"]
+        assert row["toxicity"]["low"] is row["toxicity"]["high"] is None, "an interval over four prompts"
+        assert (row["kl"]["mean"] > 0) == (row["condition"] != "none")
         for name in ("log_ppl", *(["log_ppl_first"] if row["kind"] != "shift" else [])):
             assert row[f"{name}_change"]["mean"] == pytest.approx(row[name] - rows["none", "none"][name])
         assert row["of"] == "" and row["means"] is None and len(row["runs"]) == 1

@@ -100,7 +100,7 @@ CAUSAL_SCRIPTS = (*NEURON_SCRIPTS, "steer", "unalign", "robust_alignment")
 def test_the_trace_is_one_in_all_scripts(name):
     """Each script shows its own copy; what the raw-hook tests say of one holds for all while the copies agree."""
     reference, other = load_script("patch_four_groups"), load_script(name)
-    for function in ("generate", "negative_log_likelihood", *(["intervene"] if name in NEURON_SCRIPTS else [])):
+    for function in ("generate", "likelihood", *(["intervene"] if name in NEURON_SCRIPTS else [])):
         assert inspect.getsource(getattr(other, function)) == inspect.getsource(getattr(reference, function)), function
 
 

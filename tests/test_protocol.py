@@ -59,7 +59,7 @@ def measured(model, settings, edit=NO_EDIT, prompts=PROMPTS, scorer=no_scores, b
             seen.append(({name: tensor.clone() for name, tensor in batch.items()}, where))
         return patch.generate(model, batch, edit, where)
 
-    traces = generate, patch.negative_log_likelihood
+    traces = generate, patch.likelihood
     return evaluation.measure(model, edit, measures, *traces, batch_size=4, brief=brief), tokens
 
 
@@ -129,7 +129,7 @@ def test_a_the_first_position_alone_changes(traced):
     handle = mlp_out(model, 0)._module.register_forward_hook(lambda m, args, out: seen.append(args[0].clone()))
     try:
         for which in (NO_EDIT, edit):
-            patch.negative_log_likelihood(model, batch, which, FIRST)
+            patch.likelihood(model, batch, which, FIRST)
     finally:
         handle.remove()
     plain, edited = seen
@@ -141,7 +141,7 @@ def test_c_an_edit_that_fails_is_an_error_and_leaves_nothing(traced, tiny):
     model, raw = traced("llama"), raw_of(tiny, "llama")
     wrong = interventions.Edit("clamp", (interventions.LayerEdit(1, torch.tensor([NEURONS]), torch.ones(1)),))
     (batch,) = batches(model.tokenizer, PROMPTS, 4)
-    for trace in (patch.generate, patch.negative_log_likelihood):
+    for trace in (patch.generate, patch.likelihood):
         with pytest.raises(Exception, match="out of bounds"):
             trace(model, batch, wrong, ALL)
     assert torch.equal(patch.generate(model, batch, NO_EDIT, ALL), raw_generate(raw, batch))
@@ -164,7 +164,7 @@ def test_b_scale_keeps_each_token_s_own_activation_and_clamp_does_not(traced):
             lambda m, args, out, kind=kind: after.update({kind: args[0].clone()})
         )
         try:
-            script.negative_log_likelihood(model, batch, plan.edit() if plan else NO_EDIT, ALL)
+            script.likelihood(model, batch, plan.edit() if plan else NO_EDIT, ALL)
         finally:
             handle.remove()
     _, cosine = neurons.value_projections(model._module, probe.unit, True)
@@ -260,7 +260,7 @@ def test_f_steering_reaches_the_residual_stream_whole_or_through_the_mlp_s_norm(
         norm = reach(model._module, KINDS[family].final_norm)
         handle = norm.register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0].clone()))
         try:
-            script.negative_log_likelihood(model, batch, edit, ALL)
+            script.likelihood(model, batch, edit, ALL)
         finally:
             handle.remove()
         outputs.append(kept[0])

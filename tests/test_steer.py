@@ -58,14 +58,14 @@ def test_steering_equals_raw_hooks(family, traced, raw, at):
         finally:
             handle.remove()
         assert torch.equal(script.generate(model, batch, edit, where), expected)
-        found = script.negative_log_likelihood(model, right, edit, where)
+        found = script.likelihood(model, right, edit, where)[0]
         torch.testing.assert_close(found, nll, rtol=1e-5, atol=1e-5)
     assert (nll - plain).abs().max() > 1e-3 or where == LAST
     shipped = at_weights(script.generate, model, batch, edit, ALL, remote="local")
     assert torch.equal(shipped, script.generate(model, batch, edit, ALL))
-    shipped = at_weights(script.negative_log_likelihood, model, right, edit, ALL, remote="local")
-    torch.testing.assert_close(shipped, script.negative_log_likelihood(model, right, edit, ALL))
-    torch.testing.assert_close(script.negative_log_likelihood(model, right, NO_EDIT, ALL), plain, rtol=1e-5, atol=1e-5)
+    shipped = at_weights(script.likelihood, model, right, edit, ALL, remote="local")
+    torch.testing.assert_close(shipped, script.likelihood(model, right, edit, ALL))
+    torch.testing.assert_close(script.likelihood(model, right, NO_EDIT, ALL)[0], plain, rtol=1e-5, atol=1e-5)
 
 
 def test_the_search_keeps_perplexity_within_its_factor(inputs, tmp_path, tiny):  # noqa: F811

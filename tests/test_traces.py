@@ -10,7 +10,7 @@ from conftest import DEVICE, FAMILIES, LAYERS, NEURONS, WIDTH, load_script, text
 from lib import interventions, neurons, probes
 from lib.families import FAMILIES as KINDS
 from lib.families import reach, value_vectors, write_gain
-from lib.generation import NEW_TOKENS, batches, greedy, right_padded, windows
+from lib.generation import NEW_TOKENS, batches, greedy, log_probabilities, right_padded, windows
 from lib.probes import Probe
 from lib.remote import session
 
@@ -128,9 +128,34 @@ def test_edited_likelihood_equals_raw_hooks(family, traced, raw, kind, where):
     (batch,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:5], 40, 20), 5, DEVICE)
     with hooked(raw, family, change_at(where)):
         expected = raw_nll(raw, batch)
-    found = script.negative_log_likelihood(model, batch, edit, where)
+    found = script.likelihood(model, batch, edit, where)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found - raw_nll(raw, batch)).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_kl_from_the_base_model_equals_raw_hooks(family, traced, raw, kind):
+    """Summed over each row's tokens but the first, in float64 by hand; shipped to a server too."""
+    model = traced(family)
+    edit, change_at = example_edit(kind)
+    (batch,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:5], 40, 20), 5, DEVICE)
+    with torch.no_grad():
+        p = raw(**batch).logits.double().log_softmax(-1)
+        with hooked(raw, family, change_at(ALL)):
+            q = raw(**batch).logits.double().log_softmax(-1)
+    per_token = (p.exp() * (p - q)).sum(-1)[:, :-1]
+    expected = (per_token * batch["attention_mask"][:, 1:]).sum(-1).cpu()
+    base = log_probabilities(model, batch)
+    found = script.likelihood(model, batch, edit, ALL, base)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # the base model's are kept in float16
+    assert expected.min() > 1e-3
+    same = script.likelihood(model, batch, interventions.NO_EDIT, ALL, base)[1]
+    assert same.abs().max() < 1e-4
+    assert (script.likelihood(model, batch, edit, ALL)[1] == 0).all(), "not asked for"
+    likelihood, everywhere = script.likelihood, ALL
+    with session(model, "local"):
+        shipped = nnsight.save(likelihood(model, batch, edit, everywhere, log_probabilities(model, batch))[1])
+    torch.testing.assert_close(shipped, found)
 
 
 def test_no_edit_equals_the_model_itself(family, traced, raw):
@@ -306,7 +331,7 @@ def test_every_trace_can_be_shipped(family, traced):
     model = traced(family)
     batch = left_batch(model)
     (right,) = right_padded(windows(model.tokenizer, texts("passages", "text")[:2], 40, 20), 2, DEVICE)
-    generate, likelihood, everywhere = script.generate, script.negative_log_likelihood, ALL
+    generate, likelihood, everywhere = script.generate, script.likelihood, ALL
     for kind in EDITS:
         edit, _ = example_edit(kind)
         with session(model, "local"):

@@ -75,16 +75,16 @@ def test_the_trace_equals_scaled_weights(family, biased, kind):
     scale_weights(raw, family, kind, 10)
     edit = scaled_by(kind, mask(), 10.0)
     assert torch.equal(script.generate(model, batch, edit, ALL), raw_generate(raw, batch))
-    found = script.negative_log_likelihood(model, right, edit, ALL)
+    found = script.likelihood(model, right, edit, ALL)[0]
     torch.testing.assert_close(found, raw_nll(raw, right), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-2)
-    untouched = script.negative_log_likelihood(model, right, scaled_by(kind, mask(), 1.0), ALL)
+    untouched = script.likelihood(model, right, scaled_by(kind, mask(), 1.0), ALL)[0]
     torch.testing.assert_close(untouched, plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(script.negative_log_likelihood(model, right, NO_EDIT, ALL), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(script.likelihood(model, right, NO_EDIT, ALL)[0], plain, rtol=1e-5, atol=1e-5)
     shipped = at_weights(script.generate, model, batch, edit, ALL, remote="local")
     assert torch.equal(shipped, script.generate(model, batch, edit, ALL))
-    losses = at_weights(script.negative_log_likelihood, model, right, edit, ALL, remote="local")
-    torch.testing.assert_close(losses, found)
+    losses = at_weights(script.likelihood, model, right, edit, ALL, remote="local")
+    torch.testing.assert_close(losses[0], found)
 
 
 def test_key_and_bias_differ(biased, family):

@@ -80,7 +80,7 @@ def measure(prompts: int, neurons: int, conditions: int) -> dict:
     mask[places] = True
     plan = interventions.clamp(mask.view_as(means.activation), means.activation, 0.9 * means.activation)
     for at in range(conditions):
-        traces = script.generate, script.negative_log_likelihood
+        traces = script.generate, script.likelihood
         evaluation.measure(model, plan.edit(1 + at), measures, *traces, batch_size=64, brief=True)
     return {"seconds": round(time.perf_counter() - started, 2), "peak": peak_memory()}
 

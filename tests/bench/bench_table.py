@@ -132,7 +132,7 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
         scorer=metrics.scorer("profanity-check"),
         second_scorer=None,
     )
-    traces, table = (script.generate, script.negative_log_likelihood), {}
+    traces, table = (script.generate, script.likelihood), {}
     plans = plans_of(found.groups, found.pre, found.post, found.delta)
     for name, edit in {"none": NO_EDIT, "dpo": NO_EDIT, **plans}.items():
         model = post if name == "dpo" else base

@@ -31,7 +31,7 @@ def main(name: str, folder: str, rounds: int) -> None:
         scorer=metrics.scorer("words"),
         second_scorer=None,
     )
-    traces = script.generate, script.negative_log_likelihood
+    traces = script.generate, script.likelihood
     zero = torch.zeros(n_layers(models["here"]), d_mlp(models["here"]))
     edit = shift(zero == 0, zero, zero + 0.1).edit()  # every neuron of every layer
     seconds = {place: [] for place in models}
