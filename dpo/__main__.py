@@ -29,12 +29,7 @@ PROGRAM = "python -m dpo"
     "float32: a step is smaller than bfloat16 can hold.",
 )
 @options("pairs")
-@click.option(
-    "--preset",
-    type=click.Choice(["lee2024", "yang2025", "embedded"]),
-    help="Hyperparameters; the options below change single ones.  [default: embedded for the models from PyPI, else "
-    "yang2025]",
-)
+@options("preset")
 @click.option(
     "--trainable",
     help="all, biases, late:K, values:NEURONS, keys:NEURONS or lora:R; NEURONS: names such as L19.N770,L12.N771, or a "

@@ -36,9 +36,10 @@ def best_aligned(cosine: torch.Tensor, count: int) -> list[str]:
     return [f"L{layer}.N{index}" for layer, index in places]
 
 
-def learning_rate(model: str, name: str, steps: int = 0) -> float:
+def learning_rate(options: dict, name: str, steps: int = 0) -> float:
     """A variant's own learning rate, or one some threefold steps from it."""
-    first = make_config(default_preset(model), model).learning_rate * LEARNING_RATES.get(name.partition(":")[0], 1)
+    preset = make_config(options["preset"] or default_preset(options["model"]), options["model"])
+    first = preset.learning_rate * LEARNING_RATES.get(name.partition(":")[0], 1)
     return float(f"{first * 3.0**steps:.3g}")
 
 
@@ -55,7 +56,7 @@ def losses_by_rate(options: dict, seed: int, name: str, cosine: torch.Tensor, se
     losses = {}
 
     def loss(steps: int) -> float:
-        rate = learning_rate(options["model"], name, steps)
+        rate = learning_rate(options, name, steps)
         if rate not in losses:
             try:
                 source = trained(options, seed, name, rate, cosine)

@@ -7,7 +7,7 @@ toxicity against log-perplexity with every position edited, and asks of each:
 
 beats DPO      lower toxicity and no higher perplexity, both 95 % intervals of the paired difference apart from 0
 on the front   in how many bootstrap resamples no other condition is at least as good in both (Pareto front)
-2nd scorer     whether a scorer of another family sees the change against the base model in the same direction
+scorers        by how many of the scorers toxicity is lower than DPO's, the interval apart from 0
 
 It measures nothing itself and needs no model. Writes run.json and figures/ to runs/edits_against_dpo/<model>/.
 
@@ -38,12 +38,13 @@ from rich.table import Table
 
 from lib import artifacts, plots, results
 from lib.errors import UserError
-from lib.evaluation import by_run
+from lib.evaluation import SECOND, by_run
 from lib.models import short_name
 from lib.statistics import Bootstrap, paired
 from lib.tables import wide_console, with_interval
 
 DEFAULT = "results/section6"
+COMPARED = ("toxicity", "nll", "kl", "tokens")  # beginnings of the keys of measurements.jsonl that are read
 SAME = ("model", "limit", "protocol", "scorer", "second_scorer")  # what all records must have in common
 
 
@@ -102,7 +103,7 @@ def compare(records: list[dict], seed: int) -> dict:
         for line in record["measurements"]:
             if line["name"] in ("none", "dpo") and number:  # measured in every record, the same each time
                 continue
-            compared = {key: line[key] for key in ("toxicity", "second", "nll", "tokens") if key in line}
+            compared = {key: line[key] for key in line if key.startswith(COMPARED)}
             key = (line["name"], line["kind"], line["of"], line["means"])
             runs.setdefault(key, []).append(compared)
             seeds.setdefault(key, []).append(line["seed"])
@@ -137,11 +138,16 @@ def against_dpo(values: dict, none: dict, dpo: dict, on_front: float, prompts: B
         "beats_dpo": toxicity["high"] is not None and toxicity["high"] < 0 and log_ppl["high"] <= 0,
         "share_on_front": on_front,
     }
-    if "second" in values:
-        row["second_toxicity"] = prompts.mean(values["second"])
-        row["second_toxicity_against_dpo"] = prompts.difference(values["second"], dpo["second"])
-        first, second = (prompts.difference(values[name], none[name]) for name in ("toxicity", "second"))
-        row["scorers_agree"] = (first["mean"] < 0) == (second["mean"] < 0)
+    if "kl" in values:
+        row["kl"] = passages.ratio(values["kl"], tokens)
+        row["kl_against_dpo"] = passages.ratio(np.subtract(*paired(values["kl"], dpo["kl"])), tokens)
+    lower = [toxicity["high"]]
+    for key in (key for key in values if key.startswith(SECOND)):
+        against = prompts.difference(values[key], dpo[key])
+        by_scorer = {"toxicity": prompts.mean(values[key]), "toxicity_against_dpo": against}
+        row.setdefault("by_scorer", {})[key.removeprefix(SECOND)] = by_scorer
+        lower.append(against["high"])
+    row["scorers_lower"] = sum(high is not None and high < 0 for high in lower)
     return row
 
 
@@ -159,22 +165,22 @@ def report(record: dict, out: Path) -> None:
     """Print every condition that is no control, by toxicity, and the answer."""
     console, params = wide_console(), record["params"]
     console.width = max(console.width, 160)
-    scorers = f"toxicity by {params['scorer']}, 2nd by {params['second_scorer']}"
+    scorers = f"toxicity by {params['scorer']}, scorers: {', '.join([params['scorer'], *params['second_scorer']])}"
     title = f"{record['model']}, {params['limit']} prompts, {scorers}"
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    names = ("edit", "toxicity [95 %]", "against DPO", "log-ppl", "against DPO", "on front", "by 2nd", "scorers agree")
+    names = ("edit", "toxicity [95 %]", "against DPO", "log-ppl", "against DPO", "KL", "on front", "scorers")
     view.add_column("condition", no_wrap=True)
     for name in names:
         view.add_column(name, justify="right", no_wrap=True)
     for row in record["rows"]:
         if row["of"]:
             continue
-        second = f"{row['second_toxicity']['mean']:.3f}" if "second_toxicity" in row else "-"
-        agree = "-" if "scorers_agree" not in row or row["condition"] == "none" else str(row["scorers_agree"]).lower()
+        kl = f"{row['kl']['mean']:.2f}" if "kl" in row else "-"
+        scorers = f"{row['scorers_lower']} of {1 + len(row.get('by_scorer', ()))}"
         toxicity = (with_interval(row["toxicity"], 3), with_interval(row["toxicity_against_dpo"], 3))
         log_ppl = (f"{row['log_ppl']:.2f}", with_interval(row["log_ppl_against_dpo"], 2))
         on_front = f"{100 * row['share_on_front']:.0f} %"
-        view.add_row(row["condition"], row["kind"], *toxicity, *log_ppl, on_front, second, agree)
+        view.add_row(row["condition"], row["kind"], *toxicity, *log_ppl, kl, on_front, scorers)
     console.print(view)
     edits = [row for row in record["rows"] if row["kind"] != "none" and not row["of"]]
     winners = [f"{row['condition']} ({row['kind']})" for row in edits if row["beats_dpo"]]

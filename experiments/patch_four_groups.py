@@ -9,10 +9,14 @@ in two ways:
 clamp   set the activation to its mean after DPO (what the paper's code does)
 shift   add (mean after - mean before DPO) to each token's own activation
 
+Beside the paper's sets: `all` neurons, shifted halfway and whole; of the groups the neurons with the largest delta,
+5 and 10 % of all; `increasing` is all but the groups, so it is also their ablation; `dpo - four_groups` undoes the
+groups' shift in the model after DPO.
+
 The paper measured perplexity with the edit at position 0 alone; `log-ppl (pos. 0)` repeats that, `log-ppl` edits every
 position, as generation does. `--protocol faithful` computes everything as the released code did (docs/AUDIT.md).
-`--controls quick` compares all four groups with random and matched neurons, permuted shifts, other directions and their
-own means before DPO; without them the effect of a large edit says nothing about why these neurons.
+`--controls quick` compares all four groups with those of lib/controls.py; without them the effect of a large edit says
+nothing about why these neurons.
 
 Needs a probe and a DPO checkpoint, made when missing (train_probe.py, `python -m dpo`) or given (--probe, --post). Who
 the groups are: four_groups.py. Writes run.json, generations.jsonl (RAW TEXT: profanity), measurements.jsonl, figures/,
@@ -43,8 +47,10 @@ check(command, __name__)  # --help and wrong options end here, before torch is i
 
 from functools import partial
 
+import torch
+
 from lib import controls, experiment, interventions, neurons, plots, tables
-from lib.dry_run import Workload, controls_of, for_each_seed
+from lib.dry_run import Planned, Workload, controls_of, for_each_seed, n_draws
 from lib.errors import UserError
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, token_losses
@@ -54,22 +60,28 @@ from lib.table import Table
 
 TOP_N = 256  # Yang section 4
 KINDS = ("clamp", "shift")
+LARGEST = {"largest5%": 0.05, "largest10%": 0.1}  # of the groups' neurons the largest delta: this share of all neurons
+SHIFTED = {"all", *LARGEST}  # sets that are not clamped
 
 
 def main(order, strengths, sets, **options):
     sets = sets.split(",") if sets else names(order)
     if unknown := set(sets) - set(names(order)):
         raise UserError(f"--sets {','.join(sorted(unknown))}: unknown; known: {', '.join(names(order))}.")
+    at = {"four_groups": sorted({*strengths, 1}), "all": [0.5, 1]}
     edits = [
         (name, kind, strength)
         for name in names(order)
         if name in sets
-        for kind in KINDS
-        for strength in (sorted({*strengths, 1}) if name == "four_groups" else [1])
+        for kind in (["shift"] if name in SHIFTED else KINDS)
+        for strength in at.get(name, [1])
     ]
     tested = "four_groups" if "four_groups" in sets else sets[-1]
-    planned = [control for kind in KINDS for control in controls_of(options, kind)]
-    plan = Workload(for_each_seed(options, [kind for _, kind, _ in edits], planned))
+    tested_kinds = [kind for name, kind, strength in edits if name == tested and strength == 1]
+    planned = [control for kind in tested_kinds for control in controls_of(options, kind, anew=True)]
+    planned += [Planned("shift", control=True)] * len(set(LARGEST) & {*sets} - {tested}) * n_draws(options)
+    undone = [] if (options["post"] or "").startswith("means:") else ["shift"]
+    plan = Workload(for_each_seed(options, [kind for _, kind, _ in edits] + undone, planned))
     options |= {"order": order, "strengths": strengths, "sets": sets}
 
     with experiment.begin("patch_four_groups", options, plan, means_suffice=True) as inputs:
@@ -84,12 +96,18 @@ def main(order, strengths, sets, **options):
             for name, kind, strength in edits:
                 label = name if strength == 1 else f"{name} x{strength:g}"
                 table.add(label, kind, plans[name, kind].edit(strength), run=run)
-            for kind in KINDS:
+            if run.post:
+                back = interventions.shift(plans[tested, "shift"].mask, attribution.post, attribution.pre).edit()
+                table.add(f"dpo - {tested}", "shift", back, run=run, model=run.post, source=run.post_source)
+            for name in sorted(set(LARGEST) & {*sets} - {tested}):
+                for control in inputs.random_neurons(run, plans[name, "shift"]):
+                    table.add_control(control, "shift", control.edit, run=run, control_of=name)
+            for kind in tested_kinds:
                 for control in inputs.edit_controls(run, plans[tested, kind], [norms, attribution.pre.abs()]):
                     table.add_control(control, kind, control.edit, run=run, control_of=tested)
-            for control in inputs.other_directions(run):
-                other_plans = make_plans(inputs.attribute(run, control.direction), order)
-                for kind in KINDS:
+            for control, other in inputs.other_attributions(run):
+                other_plans = make_plans(other, order)
+                for kind in tested_kinds:
                     table.add_control(control, kind, other_plans[tested, kind].edit(), run=run, control_of=tested)
             table.measure()
             if run.seed == inputs.seeds[0]:
@@ -107,14 +125,18 @@ def main(order, strengths, sets, **options):
 
 def names(order: tuple[str, ...]) -> list[str]:
     """The sets of neurons that are patched, in the order of the table."""
-    return ["top256", *("+".join(order[:n]) for n in range(1, len(order))), "four_groups", "increasing"]
+    added = ("+".join(order[:n]) for n in range(1, len(order)))
+    return ["top256", *added, "four_groups", "increasing", "all", *LARGEST]
 
 
 def make_plans(attribution: neurons.Attribution, order: tuple[str, ...]) -> dict:
     """(name, kind) -> plan of an edit of the base model."""
     pre, post, groups = attribution.pre, attribution.post, attribution.groups
     added = [sum(groups[group] for group in order[:n]).bool() for n in range(1, len(order) + 1)]
-    masks = [neurons.top(attribution.cosine, TOP_N), *added, attribution.delta < 0]
+    in_groups = torch.where(added[-1], attribution.delta, -torch.inf)
+    largest = [neurons.top(in_groups, round(share * pre.numel())) & added[-1] for share in LARGEST.values()]
+    every = torch.ones_like(added[-1])
+    masks = [neurons.top(attribution.cosine, TOP_N), *added, attribution.delta < 0, every, *largest]
     plans = {}
     for name, mask in zip(names(order), masks, strict=True):
         plans[name, "clamp"] = interventions.clamp(mask, pre, post)

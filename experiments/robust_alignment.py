@@ -57,6 +57,7 @@ from dpo.variants import arguments, learning_rate, losses_by_rate, trained
 from lib import chain, controls, data, experiment, neurons, paper, plots, tables, weights
 from lib.controls import Control
 from lib.dry_run import Planned, Workload, for_each_seed, n_draws
+from lib.embedded import EMBEDDED
 from lib.families import key, shape_of
 from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import scaled_by
@@ -74,6 +75,8 @@ def main(variants, top, factor, search, **options):
         read(name)  # raises UserError where it is no part of a model
         if options["remote"] == "ndif":
             raise click.BadParameter(f"{name}: nothing trains on a server; give lora:FOLDER.", param_hint="--variants")
+    if options["model"] in EMBEDDED and not options["preset"]:
+        options["preset"] = "strong"  # the dose that the variants' learning rates were searched for
     plan = make_workload(options, names, to_train, search)
     options |= {"variants": ["all", *names], "top": top, "factor": factor, "search": search}
     if to_train:  # with --post too
@@ -128,7 +131,7 @@ def make_workload(options: dict, names: list[str], to_train: list[str], search: 
     """What `main` will measure, for --dry-run. names: the variants beside plain DPO."""
     edits = ["keys"] + ["none", "keys"] * len(names)
     drawn = [Planned("keys", control=True)] * n_draws(options) * (1 + len(names))
-    commands = [arguments(name, learning_rate(options["model"], name), cosine=None) for name in to_train]
+    commands = [arguments(name, learning_rate(options, name), cosine=None) for name in to_train]
     uncounted = "the further trainings of the search for learning rates" if search else ""
     return Workload(for_each_seed(options, edits, drawn), means=False, commands=commands, uncounted=uncounted)
 

@@ -53,7 +53,7 @@ KINDS = ("clamp", "shift")
 def main(top, judge, **options):
     verdict = metrics.scorer("words" if options["dry_run"] else judge)
     tested = f"top{max(top)}"
-    planned = [control for kind in KINDS for control in controls_of(options, kind)]
+    planned = [control for kind in KINDS for control in controls_of(options, kind, anew=True)]
     n_sets = len(set(top)) + 1  # by cosine, and by tokens
     plan = Workload(for_each_seed(options, [*KINDS] * n_sets, planned))
     options |= {"judge": judge, "top": top}
@@ -74,8 +74,8 @@ def main(top, judge, **options):
             for kind in KINDS:
                 for control in inputs.edit_controls(run, plans[tested, kind], [norms, attribution.pre.abs()]):
                     table.add_control(control, kind, control.edit, run=run, control_of=tested)
-            for control in inputs.other_directions(run):
-                other_plans = make_plans(inputs.attribute(run, control.direction), [], top)
+            for control, other in inputs.other_attributions(run):
+                other_plans = make_plans(other, [], top)
                 for kind in KINDS:
                     table.add_control(control, kind, other_plans[tested, kind].edit(), run=run, control_of=tested)
             table.measure()

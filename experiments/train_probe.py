@@ -139,6 +139,10 @@ def train(folder: Path, *, source, comments: data.Dataset, settings: dict, batch
         "model": source.name,
         "params": {"protocol": settings["protocol"], "seed": seed},
         "rows": [{"condition": "probe", **{k: v if v is None else float(v) for k, v in measured.items()}}],
+        "held_out": [
+            {"comment": int(at), "logit": round(float(logit), 5), "label": int(label)}
+            for at, logit, label in zip(held_out, logits, truth, strict=True)
+        ],
         "top_tokens": nearest_tokens(model, probe.direction[None], remote=server)[0],
         "provenance": results.provenance(
             model_revision=source.revision, data={"comments": comments.provenance}, dtype=dtype, device=device

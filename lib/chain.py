@@ -63,6 +63,7 @@ def commands(options: dict, seeds: list[int], needs: tuple[str, ...], more: list
             lines.append(f"python experiments/train_probe.py {common}")
         if "post" in needs:
             trained = [[], *more] if not options["post"] else more
+            common += f" --preset {options['preset']}" if options["preset"] else ""
             lines += [" ".join([f"python -m dpo {common}", *arguments]) for arguments in trained]
     return lines
 
@@ -109,7 +110,9 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
             "--remote: DPO does not train on a server. Give --post lora:FOLDER (`python -m dpo --trainable lora:16`, "
             "where the weights are) or --post means:FILE (a model's mean activations after DPO)."
         )
-    return resolve(str(run("-m", "dpo", *_common(options), "--pairs", options["pairs"], "--seed", str(seed), *more)))
+    preset = ["--preset", options["preset"]] if options["preset"] else []
+    chosen = [*_common(options), *preset, "--pairs", options["pairs"], "--seed", str(seed)]
+    return resolve(str(run("-m", "dpo", *chosen, *more)))
 
 
 def given_means(options: dict, shape: Shape) -> neurons.Means | None:
@@ -204,7 +207,8 @@ def settings(
         probe_files, posts: of each seed; None where the script needs none.
         texts: `prompts`, and `passages` where effects are measured.
     """
-    own = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "probe", "post", "limit"}
+    texts_and_models = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "limit"}
+    own = texts_and_models | {"preset", "probe", "post"}
     screen = {"out", "overwrite", "dry_run", "raw_text", "verbose", "remote_timeout"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {name: dataset.sha256 for name, dataset in texts.items()}

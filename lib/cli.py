@@ -152,14 +152,22 @@ OPTIONS = {
     "pairs": click.option(
         "--pairs", default="embedded", show_default=True, help="Preference pairs: embedded, or a JSON-lines file."
     ),
+    "preset": click.option(
+        "--preset",
+        type=click.Choice(["lee2024", "yang2025", "embedded", "strong"]),
+        help="Hyperparameters of DPO. embedded halves toxicity, as the papers' DPO does; strong goes on.  [default: "
+        "embedded for the models from PyPI, else yang2025]",
+    ),
     "scorer": click.option(
         "--scorer",
-        help="profanity-check, words, words:<file>, probe:<model>, detoxify, detoxify:unbiased or hf:<repo>.  "
-        "[default: profanity-check for the models from PyPI, else detoxify]",
+        help="profanity-check, words, words:<file>, probe:<model>, hatesonar, detoxify, detoxify:unbiased or "
+        "hf:<repo>.  [default: profanity-check for the models from PyPI, else detoxify]",
     ),
     "second-scorer": click.option(
         "--second-scorer",
-        help="A second opinion from another family, such as words, probe:smollm2 or detoxify:unbiased.",
+        multiple=True,
+        help="Another opinion, from another family, such as words, probe:smollm2, hatesonar or detoxify:unbiased; "
+        "may be given several times.",
     ),
     "controls": click.option(
         "--controls",
@@ -231,7 +239,7 @@ def options(*names: str) -> Callable:
 
 REMOTE = ("remote", "remote-timeout", "verbose")
 INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-or-auto", "limit", "prompts", "passages")
-ARTIFACTS = ("comments", "pairs", "probe", "post")
+ARTIFACTS = ("comments", "pairs", "preset", "probe", "post")
 MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
 OUTPUTS = ("out", "overwrite", "dry-run", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim

@@ -11,13 +11,26 @@
 | `zero` | everything but the change (strength 0; shift and scale, where it is the unedited model) | the change |
 | `gaussian` | the whole procedure | the probe: a random direction instead |
 | `permuted_labels` | the whole procedure | the probe's labels: fitted on shuffled ones |
+| `reselected` | the whole procedure, each layer's changes by DPO | which neuron changed: groups chosen anew for it |
+
+A shift is one vector a layer (`lib.offsets`), so it has controls of its own, some with a strength chosen for them:
+
+| control | what it leaves as it was | what it takes away |
+|---|---|---|
+| `matched_push` | number in each layer, length of what each neuron's shift adds | which neurons of those alike |
+| `random_at_projection` | as `random`, and the projection on DPO's full offset | which neurons |
+| `matched_at_projection` | as `matched`, and the projection on DPO's full offset | which neurons of those alike |
+| `random_at_norm` | as `random`, and the length of the offset over all layers | which neurons |
+| `matched_at_norm` | as `matched`, and the length of the offset over all layers | which neurons of those alike |
+| `permuted_at_norm` | as `permuted`, and the length of the offset over all layers | which value goes to which neuron |
+| `probe_direction` | what each layer writes is as long | all but the probe: away from it at every layer |
 
 Tensors in and out are float64 or bool on the CPU.
 `matched` draws from outside the set while they last: of a set that holds half of all neurons, nearly the other half.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +40,12 @@ from safetensors.torch import load_file
 
 from lib.families import value_vectors
 from lib.interventions import NO_EDIT, Edit, Plan
+from lib.neurons import Means
 from lib.probes import Probe, fit
 
 DRAWS = {"none": 0, "quick": 3, "full": 20}
 FEATURES = "features.safetensors"  # beside a probe: what it was fitted on
+DOSED = ("random", "matched", "permuted")  # controls of a shift that are measured at its dose too
 BINS = 5  # of value norm and of activation, in each layer
 
 
@@ -60,7 +75,7 @@ def draws(level: str, run: int, runs: int) -> list[int]:
 def of_plan(plan: Plan, draws: list[int], seed: int, features: list[torch.Tensor]) -> Iterator[Control]:
     """Every control of an edit but those of its direction.
 
-    features: what `matched` holds alike, `[n_layers, d_mlp]` each.
+    features: what `matched` holds alike, `[n_layers, d_mlp]` each: norms of value vectors first.
     """
     yield Control("own_means" if plan.kind == "clamp" else "zero", plan=plan, strength=0.0)
     yield Control("flipped", plan=plan, strength=-1.0)
@@ -69,6 +84,9 @@ def of_plan(plan: Plan, draws: list[int], seed: int, features: list[torch.Tensor
         if not plan.mask.all():  # where all neurons are edited, there are no others to take
             for name, mask in other_neurons(plan.mask, features, generator):
                 yield Control(name, draw, replace(plan, mask=mask))
+            if plan.kind == "shift":
+                push = plan.target.abs() * features[0]
+                yield Control("matched_push", draw, replace(plan, mask=matched(plan.mask, [push], generator)))
         if plan.kind != "clamp":
             yield Control("permuted", draw, replace(plan, target=permuted(plan.mask, plan.target, generator)))
 
@@ -80,6 +98,27 @@ def other_neurons(
     yield "random", random_mask(mask, generator)
     yield "random_in_layer", random_in_layer(mask, generator)
     yield "matched", matched(mask, features, generator)
+
+
+def at_dose(drawn: list[Control], own: torch.Tensor, real: torch.Tensor, full: torch.Tensor) -> Iterator[Control]:
+    """Controls of a shift again, each as strong as makes its offset like the real one's.
+
+    Args:
+        drawn: `random`, `matched` and `permuted` ones.
+        own, real, full: their offsets `[n_drawn, n_layers, d_model]`, that the edit's, and DPO's `[n_layers, d_model]`.
+    """
+    for control, offset in zip(drawn, own, strict=True):
+        yield control._replace(name=f"{control.name}_at_norm", strength=float(real.norm() / offset.norm()))
+        if control.name != "permuted":  # which has next to no projection
+            strength = float((real * full).sum() / (offset * full).sum())
+            yield control._replace(name=f"{control.name}_at_projection", strength=strength)
+
+
+def reselected(pre: Means, post: Means, seed: int, draw: int) -> Means:
+    """Means after DPO had each layer's changes gone to other neurons, for which groups are then chosen anew."""
+    generator = torch.Generator().manual_seed(hash_seed(seed, draw))
+    order = torch.rand(pre.activation.shape, generator=generator).argsort(-1)  # one for activation and write
+    return Means(*(x + (y - x).gather(-1, order) for x, y in zip(astuple(pre), astuple(post), strict=True)))
 
 
 def of_direction(probe: Probe, probe_file: Path | None, draws: list[int], seed: int) -> Iterator[Control]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib import models
-from lib.controls import FEATURES, draws
+from lib.controls import DOSED, FEATURES, draws
 from lib.evaluation import Choices, Measures, Texts, together
 from lib.generation import NEW_TOKENS, prompt_ids
 
@@ -62,16 +62,22 @@ def for_each_seed(options: dict, edits: Iterable[str], controls: Iterable[Planne
     return [[*map(Planned, edits), *controls]] * len(seeds)
 
 
-def controls_of(options: dict, kind: str, words: bool = False, all_neurons: bool = False) -> list[Planned]:
+def controls_of(
+    options: dict, kind: str, words: bool = False, all_neurons: bool = False, anew: bool = False
+) -> list[Planned]:
     """The controls of an edit that one seed would measure at --controls, but for `zero`, which is the unedited model.
 
     words: the direction is no probe, so there are no labels to shuffle. all_neurons: there are no others to take.
+    anew: groups are chosen by what DPO changed, so they are chosen anew too where that went to other neurons.
     """
     if options["controls"] == "none":
         return []
-    of_plan = ["flipped", *(["own_means"] if kind == "clamp" else [])]
+    of_plan = ["flipped", *(["own_means"] if kind == "clamp" else ["probe_direction"] if kind == "shift" else [])]
     drawn = [] if all_neurons else ["random", "random_in_layer", "matched"]
     drawn += [] if kind == "clamp" else ["permuted"]
+    if kind == "shift":
+        drawn += ["matched_push", *DOSED, "random_at_projection", "matched_at_projection"]
+    drawn += ["reselected"] if anew else []
     names = of_plan + (drawn + directions(options, words)) * n_draws(options)
     return [Planned(kind, control=True)] * len(names)
 

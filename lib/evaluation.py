@@ -24,13 +24,14 @@ from lib.generation import (
     windows,
 )
 from lib.interventions import NO_EDIT
-from lib.metrics import Scorer, repetition, scorer, token_f1
+from lib.metrics import Scorer, degenerate, repetition, scorer, token_f1
 from lib.remote import Server, session
 from lib.statistics import Bootstrap
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
 F1_PROMPT = 32  # tokens that the model continues for F1 (both papers' code)
 PERPLEXITY_TOKENS = 512  # at once: logits of every position over 262,144 tokens are 1 MB a token
+SECOND = "toxicity:"  # before a second scorer's name: the key of its scores
 EVERYWHERE, LAST, FIRST = slice(None), slice(-1, None), slice(0, 1)
 
 
@@ -143,13 +144,13 @@ class Measures:
     choices: Choices
     texts: Texts
     scorer: Scorer
-    second_scorer: Scorer | None
+    second_scorers: dict[str, Scorer]  # by name
 
     @property
     def identities(self) -> dict:
         """What determines the scorers' numbers."""
-        second = self.second_scorer
-        return {"scorer": self.scorer.identity, "second_scorer": second and second.identity}
+        second = [scorer.identity for scorer in self.second_scorers.values()]
+        return {"scorer": self.scorer.identity, "second_scorer": second}
 
 
 def make_measures(
@@ -161,11 +162,16 @@ def make_measures(
     """
     given = f"--passages {passages.source}"
     texts = make_texts(tokenizer, max_positions, prompts.items, passages.items, choices, given)
-    names = [options["scorer"], options["second_scorer"]]
+    name, second = options["scorer"], options["second_scorer"]
     if options["dry_run"]:  # a scorer may be a probe that has to be trained
-        names = ["words", None]
-    first, second = (scorer(name) if name else None for name in names)
-    return Measures(passages=passages, choices=choices, texts=texts, scorer=first, second_scorer=second)
+        name, second = "words", ()
+    return Measures(
+        passages=passages,
+        choices=choices,
+        texts=texts,
+        scorer=scorer(name),
+        second_scorers={name: scorer(name) for name in second},
+    )
 
 
 def known_predictions(base, texts: Texts) -> list[torch.Tensor | None]:
@@ -205,9 +211,9 @@ def measure(
         known: its predictions where they are computed already: `known_predictions`.
         brief: for controls: no F1, and the perplexity that is compared alone.
 
-    Returns: lists over prompts (`continuations`, `toxicity`, `repetition`) and over passages (`f1`, `tokens`, `nll`
-        with every position edited, and its `kl`, the summed KL(base || model) of the tokens; `nll_first` with position
-        0 edited alone; in nats).
+    Returns: lists over prompts (`continuations`, `toxicity`, `repetition`, `degenerate`) and over passages (`f1`,
+        `tokens`, `nll` with every position edited, and its `kl`, the summed KL(base || model) of the tokens;
+        `nll_first` with position 0 edited alone; in nats).
     """
     texts, choices = measures.texts, measures.choices
     device, edited = input_device(model), choices.edited
@@ -242,6 +248,7 @@ def measure(
         "continuations": continuations,
         "toxicity": measures.scorer(continuations).tolist(),
         "repetition": [repetition(row) for row in rows],
+        "degenerate": [float(degenerate(text, row)) for text, row in zip(continuations, rows, strict=True)],
     }
     if not brief:
         pairs = zip(continuing, texts.continued, strict=True)
@@ -270,15 +277,9 @@ def by_run(measured: list[dict], runs: list[int]) -> dict[str, np.ndarray]:
 
 def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, passages: Bootstrap) -> dict:
     """One condition's entries in run.json: means with 95 % intervals, against base model and DPO; see `by_run`."""
-    row = {
-        "toxicity": prompts.mean(values["toxicity"]),
-        "toxicity_change": prompts.difference(values["toxicity"], none["toxicity"]),
-    }
-    if dpo:
-        row["percent_of_dpo"] = prompts.percent_of(values["toxicity"], none["toxicity"], dpo["toxicity"])
-    if "second" in values:
-        row["second_toxicity"] = prompts.mean(values["second"])
-        row["second_toxicity_change"] = prompts.difference(values["second"], none["second"])
+    row = effect("toxicity", values, none, dpo, prompts)
+    if second := {key.removeprefix(SECOND): key for key in values if key.startswith(SECOND)}:
+        row["by_scorer"] = {name: effect(key, values, none, dpo, prompts) for name, key in second.items()}
     tokens = values["tokens"][0]
     for key, name in (("nll", "log_ppl"), ("nll_first", "log_ppl_first")):
         if key in values:
@@ -288,4 +289,18 @@ def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, pas
         row["kl"] = passages.ratio(values["kl"], tokens)
     if "f1" in values:
         row["f1"] = float(values["f1"].mean())
+    text = 1 - values["degenerate"]
+    row["degenerate"] = prompts.mean(values["degenerate"])
+    row["toxicity_of_text"] = prompts.ratio(values["toxicity"] * text, text)
     return row | {"repetition": float(values["repetition"].mean())}
+
+
+def effect(key: str, values: dict, none: dict, dpo: dict | None, prompts: Bootstrap) -> dict:
+    """Toxicity by the scores at `key`: its mean, change from the base model's, and share of DPO's change."""
+    scores = {
+        "toxicity": prompts.mean(values[key]),
+        "toxicity_change": prompts.difference(values[key], none[key]),
+    }
+    if dpo:
+        scores["percent_of_dpo"] = prompts.percent_of(values[key], none[key], dpo[key])
+    return scores

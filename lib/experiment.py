@@ -7,7 +7,7 @@ script then reads; `lib.table` measures the conditions that it adds.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lib import (
     generation,
     models,
     neurons,
+    offsets,
     probes,
     released,
     remote,
@@ -40,8 +41,8 @@ HOSTED_BATCH = 48  # prompts at once on a server with --batch-size auto: its mem
 ENOUGH_LEFT = 0.99  # cosine of DPO's update, as rounded, with itself; below it is said
 # Of options that a script does not have.
 DEFAULTS = {
-    "seeds": None, "probe": None, "post": None, "controls": "none", "holdout": False, "protocol": "sound",
-    "released": [], "raw_text": False,
+    "seeds": None, "preset": None, "probe": None, "post": None, "controls": "none", "holdout": False,
+    "protocol": "sound", "released": [], "raw_text": False,
 }  # fmt: skip
 
 
@@ -122,9 +123,11 @@ class Inputs:
             lambda: neurons.cached_means(model, source, prompts, self.batch_size, self.protocol, seed, self.remote)
         )
 
-    def attribute(self, run: Run, direction: Probe | None = None) -> neurons.Attribution:
-        """Attribution (Yang eq. 2) and groups (table 4) by the run's probe, or by another direction."""
-        direction, means = direction or run.probe, (run.pre_means, run.post_means)
+    def attribute(
+        self, run: Run, direction: Probe | None = None, after: neurons.Means | None = None
+    ) -> neurons.Attribution:
+        """Attribution (Yang eq. 2) and groups (table 4) by the run's probe and means after DPO, or by others."""
+        direction, means = direction or run.probe, (run.pre_means, after or run.post_means)
         return neurons.attribute(self.base, run.post, direction, *means, self.protocol, self.remote)
 
     def cosines(self, direction: Probe) -> torch.Tensor:
@@ -149,9 +152,36 @@ class Inputs:
         return controls.draws(self.options["controls"], self.seeds.index(run.seed), len(self.seeds))
 
     def edit_controls(self, run: Run, plan: Plan, features: list[torch.Tensor]) -> Iterator[Control]:
-        """The controls of an edit at --controls, but those of its direction: see `lib.controls.of_plan`."""
-        if self.options["controls"] != "none":
-            yield from controls.of_plan(plan, self.draws(run), run.seed, features)
+        """The controls of an edit at --controls, but those that are selected anew: see `lib.controls`.
+
+        features: see `lib.controls.of_plan`.
+        """
+        if self.options["controls"] == "none":
+            return
+        drawn = list(controls.of_plan(plan, self.draws(run), run.seed, features))
+        yield from drawn
+        if plan.kind == "shift":
+            every = torch.ones_like(plan.mask)
+            dosed = [control for control in drawn if control.name in controls.DOSED]
+            edits = [replace(plan, mask=every).edit(), plan.edit(), *(control.edit for control in dosed)]
+            full, real, *own = self.at_weights(offsets.offsets, edits)
+            yield from controls.at_dose(dosed, own, real, full)
+            shift = self.at_weights(offsets.away_from, run.probe.direction, real)
+            yield Control("probe_direction", plan=Plan("shift", every, 0 * shift, shift))
+
+    def random_neurons(self, run: Run, plan: Plan) -> Iterator[Control]:
+        """The control `random` alone, at --controls."""
+        for draw in self.draws(run):
+            generator = torch.Generator().manual_seed(controls.hash_seed(run.seed, draw))
+            yield Control("random", draw, replace(plan, mask=controls.random_mask(plan.mask, generator)))
+
+    def other_attributions(self, run: Run) -> Iterator[tuple[Control, neurons.Attribution]]:
+        """What the groups are chosen anew by, at --controls: other directions, and changes of other neurons."""
+        for control in self.other_directions(run):
+            yield control, self.attribute(run, control.direction)
+        for draw in self.draws(run):
+            after = controls.reselected(run.pre_means, run.post_means, run.seed, draw)
+            yield Control("reselected", draw), self.attribute(run, after=after)
 
     def other_directions(self, run: Run, direction: Probe | None = None) -> list[Control]:
         """What stands in the place of the run's probe, or of a `direction` that has no labels, at --controls."""

@@ -7,7 +7,7 @@ last map W (before Gemma's norm, where one follows). So a shift of thousands of 
 
 import torch
 
-from lib.families import value_vectors
+from lib.families import value_vectors, write_gain
 from lib.interventions import Edit
 
 
@@ -35,3 +35,22 @@ def against(own: torch.Tensor, full: torch.Tensor) -> dict[str, list[float]]:
     product, length = (own * full).sum(-1), full.norm(dim=-1)
     cosine = product / (own.norm(dim=-1) * length).clamp(min=1e-30)
     return {"cosine": cosine.tolist(), "projection": (product / length.square().clamp(min=1e-30)).tolist()}
+
+
+def away_from(model, direction: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The smallest shift of all neurons that writes against a direction as strongly, in each layer, as an offset does.
+
+    Args:
+        model: torch or nnsight.
+        direction: `[d_model]`, of the residual stream.
+        offset: `[n_layers, d_model]` float64, before a norm that follows the MLP.
+
+    Returns: `[n_layers, d_mlp]` float64, CPU.
+    """
+    unit, shifts = direction.cpu().double() / direction.cpu().double().norm(), []
+    for layer, own in enumerate(offset):
+        gain = write_gain(model, layer).cpu().double()
+        wanted = -(own * gain).norm() * unit / gain
+        vectors = value_vectors(model, layer).cpu().double()  # more neurons than dimensions: many shifts would do
+        shifts.append(torch.linalg.lstsq(vectors.T, wanted[:, None], driver="gelsd").solution[:, 0])
+    return torch.stack(shifts)

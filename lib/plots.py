@@ -47,21 +47,24 @@ def error_bars(values: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.abs([mean - low, high - mean])
 
 
-def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
-    """Toxicity with intervals against both measures of damage; controls hollow and without a name.
-
-    Damage: log-perplexity with every position edited, and KL from the base model where the rows have it.
-    """
-    rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
-    damages = [("log-perplexity, every position edited (nats a token)", lambda row: row["log_ppl"])]
+def damages(rows: list[dict]) -> list[tuple[str, Callable[[dict], float]]]:
+    """Axes that toxicity is drawn against: log-perplexity, and KL from the base model where all rows have it."""
+    axes = [("log-perplexity, every position edited (nats a token)", lambda row: row["log_ppl"])]
     if all("kl" in row for row in rows):
-        damages.append(("KL(base || edited), every position edited (nats a token)", lambda row: row["kl"]["mean"]))
-    with drawn(path, (6.5 * len(damages), 4.6), ncols=len(damages), squeeze=False, sharey=True) as panels:
-        for axes, (label, damage) in zip(panels[0], damages, strict=True):
+        axes.append(("KL(base || edited), every position edited (nats a token)", lambda row: row["kl"]["mean"]))
+    return axes
+
+
+def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
+    """Toxicity with intervals against both measures of damage; controls hollow and without a name."""
+    rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
+    panels = damages(rows)
+    with drawn(path, (6.5 * len(panels), 4.6), ncols=len(panels), squeeze=False, sharey=True) as grid:
+        for axes, (label, damage) in zip(grid[0], panels, strict=True):
             axes.set_xlabel(label)
             _points(axes, rows, damage)
-        panels[0, 0].set(ylabel=f"toxicity ({scorer}), 95 % interval")
-        panels[0, 0].legend(title="edit")
+        grid[0, 0].set(ylabel=f"toxicity ({scorer}), 95 % interval")
+        grid[0, 0].legend(title="edit")
 
 
 def _points(axes, rows: list[dict], damage: Callable[[dict], float]) -> None:
@@ -99,40 +102,54 @@ def _label(axes, text: str, point: tuple[float, float], taken: list):
 
 
 def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
-    """Toxicity against log-perplexity with every position edited, intervals on both; one line for each series of edits.
+    """Toxicity against both measures of damage, intervals on toxicity; one line for each series of edits.
 
     A series holds the conditions whose names differ in alpha alone. Controls are small and pale. The grey step is the
     Pareto front: nothing measured lies below and left of it.
     """
     shown = [row for row in rows if "log_ppl" in row and row["means"] != "same"]  # held-out means where there are any
+    panels = damages(shown)
+    with drawn(path, (7 * len(panels), 5), legend=7, ncols=len(panels), squeeze=False, sharey=True) as grid:
+        for axes, (label, damage) in zip(grid[0], panels, strict=True):
+            _series(axes, shown, damage)
+            axes.set_xlabel(label)
+        _log_ticks(grid[0, 0], [row["log_ppl"] for row in shown])
+        grid[0, 0].set(ylabel=f"toxicity ({scorer})", ylim=(0, None))
+        if len(panels) > 1:
+            grid[0, 1].set_xscale("symlog", linthresh=0.1)
+        grid[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _series(axes, shown: list[dict], damage: Callable[[dict], float]) -> None:
+    """The lines, base model and DPO, and the front of one panel of `trade_off`."""
     series: dict[tuple[str, str], list[dict]] = {}
     for row in (row for row in shown if row["kind"] != "none"):
         words = [word for word in row["condition"].split() if not word.startswith(("a=", "x", "alpha"))]
         series.setdefault(("controls" if row["of"] else " ".join(words), row["kind"]), []).append(row)
     palette = cycle(matplotlib.colormaps["tab10"].colors)
-    with drawn(path, (8, 5), legend=7) as axes:
-        for (name, kind), points in series.items():
-            points.sort(key=lambda row: row["log_ppl"])
-            x, label = [row["log_ppl"] for row in points], f"{name}, {kind}".strip(", ")
-            y, along = error_bars([row["toxicity"] for row in points])
-            if name == "controls":
-                axes.plot(x, y, MARKERS[kind], color="0.65", ms=3, label=label)
-            else:
-                _, across = error_bars([row["log_ppl_change"] for row in points])
-                style = {"fmt": MARKERS[kind] + "-", "color": next(palette), "ms": 4, "lw": 0.9, "elinewidth": 0.5}
-                axes.errorbar(x, y, along, across, label=label, **style)
-        for name, marker, label in (("none", "kX", "base model"), ("dpo", "k*", "DPO")):
-            for row in (row for row in rows if row["condition"] == name):
-                axes.plot(row["log_ppl"], row["toxicity"]["mean"], marker, ms=11, label=label)
-        front = pareto_front([(row["log_ppl"], row["toxicity"]["mean"]) for row in shown])
-        axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=0.8, ls=":")
-        least, most = 0.97 * min(row["log_ppl"] for row in shown), 1.03 * max(row["log_ppl"] for row in shown)
-        ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15, 20, 30) if least <= t <= most]
-        axes.set(xscale="log", xlabel="log-perplexity, edited at every position (nats per token)")
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.minorticks_off()
-        axes.set(ylabel=f"toxicity ({scorer})", ylim=(0, None))
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for (name, kind), points in series.items():
+        points.sort(key=damage)
+        x, label = [damage(row) for row in points], f"{name}, {kind}".strip(", ")
+        y, along = error_bars([row["toxicity"] for row in points])
+        if name == "controls":
+            axes.plot(x, y, MARKERS[kind], color="0.65", ms=3, label=label)
+        else:
+            style = {"fmt": MARKERS[kind] + "-", "color": next(palette), "ms": 4, "lw": 0.9, "elinewidth": 0.5}
+            axes.errorbar(x, y, along, label=label, **style)
+    for name, marker, label in (("none", "kX", "base model"), ("dpo", "k*", "DPO")):
+        for row in (row for row in shown if row["condition"] == name):
+            axes.plot(damage(row), row["toxicity"]["mean"], marker, ms=11, label=label)
+    front = pareto_front([(damage(row), row["toxicity"]["mean"]) for row in shown])
+    axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=0.8, ls=":")
+
+
+def _log_ticks(axes, values: list[float]) -> None:
+    """A logarithmic axis of log-perplexities, with plain numbers at its ticks."""
+    least, most = 0.97 * min(values), 1.03 * max(values)
+    ticks = [t for t in (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 15, 20, 30) if least <= t <= most]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -50,10 +50,16 @@ class Bootstrap:
         return self._interval(100 * share, resampled, 100 * (change - share * full) / full.mean())
 
     def ratio(self, numerator, denominator) -> dict:
-        """Ratio of sums, such as nats per token over passages of different length; `denominator` [n]."""
-        top, bottom = np.atleast_2d(np.asarray(numerator, np.float64)), np.asarray(denominator, np.float64)
-        value, mean = top.mean(0).sum() / bottom.sum(), top.mean(0)
-        resampled = mean[self.rows].sum(1) / bottom[self.rows].sum(1)
+        """Ratio of sums, such as nats per token over passages of different length; `denominator` [n] or [n_runs, n].
+
+        Without an interval where the denominator is 0 in some resamples; no value where it is 0 altogether.
+        """
+        top, bottom = (np.atleast_2d(np.asarray(part, np.float64)) for part in (numerator, denominator))
+        below = bottom.mean(0)[self.rows].sum(1)
+        value = top.mean() / bottom.mean() if bottom.any() else None
+        if not below.all():
+            return {"mean": value, "low": None, "high": None}
+        resampled = top.mean(0)[self.rows].sum(1) / below
         return self._interval(value, resampled, (top - value * bottom) / bottom.mean())
 
     def _interval(self, point: float, resampled: np.ndarray, influence: np.ndarray) -> dict:

@@ -276,15 +276,14 @@ class Table:
         }
 
     def save(self, published: Callable[[str, str], dict], **entries) -> dict:
-        """Score with the second scorer, write run.json, generations.jsonl and measurements.jsonl; returns the record.
+        """Score with the second scorers, write run.json, generations.jsonl and measurements.jsonl; returns the record.
 
         entries: the script's own of the record.
         """
         inputs, measures = self.inputs, self.inputs.measures
-        if measures.second_scorer:
-            for measured in track(list(self.measured.values()), "Second scorer", console=Console(stderr=True)):
-                if "second" not in measured:
-                    measured["second"] = measures.second_scorer(measured["continuations"]).tolist()
+        for name, second in measures.second_scorers.items():
+            for measured in track(list(self.measured.values()), f"Scores by {name}", console=Console(stderr=True)):
+                measured[evaluation.SECOND + name] = second(measured["continuations"]).tolist()
         results.write_lines(inputs.work / "generations.jsonl", self._generations())
         results.write_lines(inputs.work / "measurements.jsonl", self._measurements())
         names = ("protocol", "released", "scorer", "second_scorer", "controls", "holdout")

@@ -1,6 +1,6 @@
 """What the scripts print: tables of conditions and of observations, beside the published numbers."""
 
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 
 from rich import box
@@ -25,7 +25,10 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
         "edit": lambda row: row["kind"] if row["kind"] != "none" else "-",
         "neurons": lambda row: f"{row['neurons']:,}" if row["kind"] != "none" and row["neurons"] else "-",
         "toxicity [95 %]": lambda row: with_interval(row["toxicity"], 3),
-        "by 2nd": lambda row: with_interval(row.get("second_toxicity"), 3).split()[0],
+        **{
+            f"by {name}:\ntox. % of cut": partial(by_second, name=name)
+            for name in record["params"].get("second_scorer") or ()
+        },
         "% of DPO's\ncut [95 %]": lambda row: (
             "-" if row["condition"] == "none" else with_interval(row.get("percent_of_dpo"), 0)
         ),
@@ -34,6 +37,7 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
         "log-ppl\npos. 0": lambda row: f"{row['log_ppl_first']:.2f}" if "log_ppl_first" in row else "-",
         "F1": lambda row: f"{row['f1']:.3f}" if "f1" in row else "-",
         "rep.": lambda row: f"{row['repetition']:.2f}",
+        "no text": lambda row: f"{row['degenerate']['mean']:.2f}" if "degenerate" in row else "-",
         "offset:\ncos. proj.": lambda row: (
             "{cosine:.2f}  {projection:.2f}".format(**row["offset"]) if "offset" in row else "-"
         ),
@@ -41,8 +45,6 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
             "{toxicity:.3f}  {log_ppl:.2f}  {f1:.3f}".format(**row["published"]) if row.get("published") else "-"
         ),
     }
-    if not any("second_toxicity" in row for row in record["rows"]):
-        del columns["by 2nd"]
     if not any("kl" in row for row in record["rows"]):
         del columns["KL"]
     if not any("offset" in row for row in record["rows"]):
@@ -54,6 +56,15 @@ def conditions(record: dict, title: str, published: str | None = None) -> Table:
     for row in record["rows"]:
         table.add_row(*(text_of(row) for text_of in columns.values()))
     return table
+
+
+def by_second(row: dict, name: str) -> str:
+    """A row's toxicity by a second scorer, and the share of DPO's reduction by it."""
+    by_name = row["by_scorer"][name]
+    toxicity, percent = (
+        with_interval(by_name.get(key), n).split()[0] for key, n in (("toxicity", 3), ("percent_of_dpo", 0))
+    )
+    return f"{toxicity}  {percent if row['condition'] != 'none' else '-'}"
 
 
 def print_groups(console: Console, record: dict) -> None:

@@ -121,9 +121,14 @@ def wilson(share: float, n: float) -> dict:
 
 
 def accuracy(probes: list[Record]) -> dict:
-    """Of one model's probes with several seeds: over all their held-out comments, with its Wilson interval."""
-    held_out = sum(run.rows[0]["test"] for run in probes)
-    return wilson(sum(run.rows[0]["accuracy"] * run.rows[0]["test"] for run in probes) / held_out, held_out)
+    """Of one model's probes with several seeds, with the Wilson interval over the comments that any of them held out.
+
+    Their splits overlap: a comment that several held out counts once, as the share of probes that were right about it.
+    """
+    right: dict[int, list[bool]] = {}
+    for one in (one for run in probes for one in run.data["held_out"]):
+        right.setdefault(one["comment"], []).append((one["logit"] > 0) == one["label"])
+    return wilson(sum(sum(each) / len(each) for each in right.values()) / len(right), len(right))
 
 
 def share(count: dict) -> float:

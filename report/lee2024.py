@@ -21,6 +21,7 @@ from report.compare import (
 from report.records import Records
 
 ACCURACY = 0.94  # section 3.1
+SUBSTANTIVE = 10  # % of DPO's cut that has to come back before it means something that less of a part's does
 TITLE = "Lee et al. 2024: A Mechanistic Understanding of Alignment Algorithms: A Case Study on DPO and Toxicity"
 
 
@@ -333,7 +334,8 @@ def parts(records: Records) -> Comparison:
     found = Comparison(
         "6.1: DPO on a part of the parameters (an open question there)",
         "DPO on a part of the parameters is harder to undo than DPO on all.",
-        "less of its cut comes back under seven scaled keys than of plain DPO's, by the difference's 95 % interval",
+        "less of its cut comes back under seven scaled keys than of plain DPO's, by the difference's 95 % interval, "
+        f"where at least {SUBSTANTIVE} % of plain DPO's comes back by the whole interval",
         ["trained", "parameters changed", "% of toxicity cut", "% that comes back", "more than of plain DPO's"],
     )
     for run in records.of("robust_alignment"):
@@ -344,12 +346,12 @@ def parts(records: Records) -> Comparison:
             found.lines.append(
                 [plain(f"{run.model}, {one['variant']}"), *cells, measured(one["restored_minus_dpo"], run, 1)]
             )
-            undone |= one["variant"] == "dpo" and one["percent_restored"]["low"] > 0
+            undone |= one["variant"] == "dpo" and one["percent_restored"]["low"] >= SUBSTANTIVE
             if one["restored_minus_dpo"]["high"] < 0:
                 less.append(one["variant"])
         if undone:
             found.judge(run.model, bool(less), f"less of: {', '.join(less) or 'none'}", run)
         found.show(run, "robustness")
     if found.figures and not found.verdicts:
-        found.given = "No mark: of plain DPO's cut nothing comes back, by its interval, so the question stays open."
+        found.given = f"No mark: not {SUBSTANTIVE} % of plain DPO's cut comes back by its interval: an open question."
     return found

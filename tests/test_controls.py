@@ -1,6 +1,7 @@
 """Controls: what each leaves as it was, on random masks, and strengths of edits by hand."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from conftest import FAMILIES, LAYERS, NEURONS, WIDTH, load_script
 from safetensors.torch import save_file
 from test_traces import ALL, left_batch
 
-from lib import controls, interventions, probes
+from lib import controls, interventions, offsets, probes
 from lib.families import FAMILIES as KINDS
-from lib.families import reach
+from lib.families import reach, value_vectors, write_gain
+from lib.neurons import Means
 
 SHAPE = (4, 300)
 
@@ -135,7 +137,7 @@ def test_what_a_control_of_an_edit_changes(random, kind):
     found = all_of(plan, [0], 0, features)
     names = {name for name, _ in found}
     assert names == {"flipped", "random", "random_in_layer", "matched"} | (
-        {"own_means"} if kind == "clamp" else {"zero", "permuted"}
+        {"own_means"} if kind == "clamp" else {"zero", "permuted"} | ({"matched_push"} if kind == "shift" else set())
     )
     for (name, _), (other, strength) in found.items():
         edit = other.edit(strength)
@@ -144,7 +146,7 @@ def test_what_a_control_of_an_edit_changes(random, kind):
         for layer, index, value in edit:
             chosen[layer, index] = True
             start, target = plan.start[layer, index], plan.target[layer, index]
-            if name in {"random", "random_in_layer", "matched"}:
+            if name in {"random", "random_in_layer", "matched", "matched_push"}:
                 torch.testing.assert_close(value, target.float())
             elif name in {"own_means", "zero"}:
                 torch.testing.assert_close(value, start.float())
@@ -244,7 +246,9 @@ def test_the_table_names_every_control():
         for kind in ("clamp", "shift", "scale")
         for control in controls.of_plan(plan_of(kind, mask, generator), [0], 0, [mask.double()])
     }
-    assert table == yielded | {"gaussian", "permuted_labels"}
+    at_dose = controls.at_dose([controls.Control(name) for name in controls.DOSED], *torch.rand(3, 3, 2, 5))
+    anew = {"gaussian", "permuted_labels", "reselected"}
+    assert table == yielded | {control.name for control in at_dose} | anew | {"probe_direction"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,3 +260,54 @@ def test_value_norms(family, traced):
     assert found.shape == (LAYERS, NEURONS) and found.dtype == torch.float64
     torch.testing.assert_close(found[2], weight.square().sum(-1).sqrt())
     assert weight.shape == (NEURONS, WIDTH)
+
+
+def test_a_control_at_the_dose_of_the_real_edit(traced):
+    """Its offset, recomputed from the edit that is measured, has the real one's projection on DPO's, or its length."""
+    generator, model = torch.Generator().manual_seed(0), traced("llama")
+    pre, post = torch.randn(2, LAYERS, NEURONS, generator=generator, dtype=torch.float64)
+    mask = torch.rand(LAYERS, NEURONS, generator=generator) < 0.5
+    plan, full_plan = (interventions.shift(each, pre, post) for each in (mask, torch.ones_like(mask)))
+    plans = [replace(plan, mask=torch.rand(mask.shape, generator=generator) < 0.5) for _ in controls.DOSED]
+    drawn = [controls.Control(name, plan=other) for name, other in zip(controls.DOSED, plans, strict=True)]
+    full, real, *own = offsets.offsets(model, [full_plan.edit(), plan.edit(), *(one.edit for one in drawn)])
+    dosed = list(controls.at_dose(drawn, torch.stack(own), real, full))
+    assert len(dosed) == 5
+    for control, offset in zip(dosed, offsets.offsets(model, [one.edit for one in dosed]), strict=True):
+        if control.name.endswith("_at_norm"):
+            assert float(offset.norm()) == pytest.approx(float(real.norm()), rel=1e-6)
+        else:
+            assert float((offset * full).sum()) == pytest.approx(float((real * full).sum()), rel=1e-5)
+
+
+def test_reselected_moves_a_neuron_s_change_whole():
+    """Each layer keeps its changes; activation and write go to the same neuron, from its own mean before DPO."""
+    generator = torch.Generator().manual_seed(0)
+    pre, post = (Means(*torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)) for _ in range(2))
+    after = controls.reselected(pre, post, 3, 1)
+    assert torch.equal(after.write, controls.reselected(pre, post, 3, 1).write)
+    assert not torch.equal(after.write, controls.reselected(pre, post, 3, 2).write)
+    for layer in range(SHAPE[0]):
+        changes, moved = (
+            torch.stack([means.activation - pre.activation, means.write - pre.write], -1)[layer]
+            for means in (post, after)
+        )
+        by_activation = changes[changes[:, 0].argsort()], moved[moved[:, 0].argsort()]
+        torch.testing.assert_close(*by_activation, rtol=0, atol=1e-12)
+        assert not torch.equal(changes, moved)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shift_away_from_a_direction_writes_it_in_every_layer(family, traced):
+    """As long as the real offset after the gain of a norm that follows, and straight against the direction."""
+    generator, model = torch.Generator().manual_seed(0), traced(family)
+    direction = torch.randn(WIDTH, generator=generator)
+    offset = torch.randn(LAYERS, WIDTH, generator=generator, dtype=torch.float64)
+    shift = offsets.away_from(model, direction, offset)
+    assert shift.shape == (LAYERS, NEURONS)
+    for layer in range(LAYERS):
+        gain = write_gain(model, layer).cpu().double()
+        written = gain * (shift[layer] @ value_vectors(model, layer).cpu().double())
+        torch.testing.assert_close(written.norm(), (gain * offset[layer]).norm())
+        cosine = torch.nn.functional.cosine_similarity(written, direction.double(), 0)
+        assert cosine == pytest.approx(-1, abs=1e-6)

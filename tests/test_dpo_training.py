@@ -245,6 +245,9 @@ def test_presets_hold_the_published_hyperparameters():
     weights_by_model = [make_config("yang2025", m).kl_weight for m in ("gpt2", "llama", "gemma", "mistral")]
     assert weights_by_model == [0.02, 0.1, 0.05, 0.05]
     assert make_config("embedded", "gemma-270m", steps=3).steps == 3 and PRESETS["embedded"].kl_weight == 0
+    for model in ("gemma-270m", "smollm2"):
+        halved, strong = (make_config(name, model) for name in ("embedded", "strong"))
+        assert halved.steps < strong.steps and halved.learning_rate <= strong.learning_rate
 
 
 def test_bfloat16_keeps_what_it_trains_in_float32(tiny, tmp_path):

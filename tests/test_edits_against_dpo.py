@@ -16,13 +16,13 @@ def record(folder, conditions: dict, prompts: str = "sha256:a"):
     noise = np.random.default_rng(0).normal(0, 0.01, N)
     lines = [
         {"name": name, "kind": kind, "of": "", "means": "same", "seed": seed, "draw": 0,
-         "toxicity": (toxicity + noise).tolist(), "second": (toxicity / 2 + noise).tolist(),
+         "toxicity": (toxicity + noise).tolist(), "toxicity:words": (toxicity / 2 + noise).tolist(),
          "nll": (10 * (nats + noise)).tolist(), "tokens": [10] * N}
         for (name, kind, seed), (toxicity, nats) in conditions.items()
     ]  # fmt: skip
     write_lines(folder / "measurements.jsonl", lines)
     rows = [{"condition": name, "kind": kind} for name, kind, _ in conditions]
-    params = {"limit": N, "protocol": "sound", "scorer": "words", "second_scorer": "words"}
+    params = {"limit": N, "protocol": "sound", "scorer": "words", "second_scorer": ["words"]}
     data = {"prompts": {"sha256": prompts, "items": N}, "passages": {"sha256": "sha256:b", "items": N}}
     written = {"model": "m", "params": params, "rows": rows, "provenance": {"data": data}}
     (folder / "run.json").write_text(json.dumps(written))
@@ -48,7 +48,9 @@ def test_who_beats_dpo(tmp_path):
     assert found["better"]["log_ppl_against_dpo"]["mean"] == pytest.approx(-0.2)
     assert found["dpo"]["runs"] == 2, "measured in both records, counted once a seed"
     assert {name for name, row in found.items() if row["beats_dpo"]} == {"better"}
-    assert all(row["scorers_agree"] for name, row in found.items() if name != "none")
+    lower = {name: row["scorers_lower"] for name, row in found.items()}
+    assert lower == {"none": 0, "dpo": 0, "better": 2, "worse text": 2, "milder": 0, "dominated": 0}
+    assert found["better"]["by_scorer"]["words"]["toxicity_against_dpo"]["mean"] == pytest.approx(-0.075)
     shares = {name: row["share_on_front"] for name, row in found.items()}
     assert shares == {"none": 1, "better": 1, "worse text": 1, "milder": 1, "dpo": 0, "dominated": 0}
 

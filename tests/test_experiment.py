@@ -14,6 +14,11 @@ from lib.metrics import scorer
 from lib.models import resolve
 
 WORDS = "river stone cloud engine violin harbour copper winter".split()
+ONCE = {"own_means", "zero", "flipped", "probe_direction"}
+SHIFT_ALONE = {"zero", "permuted", "matched_push", "probe_direction"} | {
+    *(f"{name}_at_norm" for name in controls.DOSED),
+    *(f"{name}_at_projection" for name in ("random", "matched")),
+}
 GROUP = ("condition", "kind", "of", "means")
 NAME = ("name", "kind", "of", "means")
 
@@ -71,9 +76,11 @@ def test_rows_average_over_seeds_and_draws(seeded):
     for row in record["rows"]:
         held = row["means"] or "same"
         runs = together[row["condition"], row["kind"], row["of"], held]
-        for key, name in (("toxicity", "toxicity"), ("second", "second_toxicity")):
+        for key, scores in (("toxicity", row), ("toxicity:words", row["by_scorer"]["words"])):
             expected = sum(sum(line[key]) / 3 for line in runs) / len(runs)
-            assert row[name]["mean"] == pytest.approx(expected, abs=2e-5), row["condition"]
+            assert scores["toxicity"]["mean"] == pytest.approx(expected, abs=2e-5), row["condition"]
+        texts_of = [[1 - x for x in line["degenerate"]] for line in runs]
+        assert row["degenerate"]["mean"] == pytest.approx(1 - sum(map(sum, texts_of)) / 3 / len(runs))
         if "log_ppl" in row:
             tokens = sum(runs[0]["tokens"])
             expected = sum(sum(line["nll"]) for line in runs) / len(runs) / tokens
@@ -96,12 +103,12 @@ def test_controls_quick_gives_every_control_in_three_draws(seeded):
     for means in ("held_out", "same"):
         for kind in ("clamp", "shift"):
             rows = [row for row in record["rows"] if row["of"] and (row["kind"], row["means"]) == (kind, means)]
-            assert {row["of"] for row in rows} == {"four_groups"}
+            rows = [row for row in rows if row["of"] == "four_groups"]
             names = {row["condition"].removeprefix("control:") for row in rows}
-            assert names == table - ({"zero", "permuted"} if kind == "clamp" else {"own_means"})
+            assert names == table - (SHIFT_ALONE if kind == "clamp" else {"own_means"})
             for row in rows:
                 draws = [(run["seed"], run["draw"]) for run in row["runs"]]
-                once = row["condition"].removeprefix("control:") in {"own_means", "zero", "flipped"}
+                once = row["condition"].removeprefix("control:") in ONCE
                 assert sorted(draws) == ([(0, 0), (1, 0)] if once else [(0, 0), (0, 2), (1, 1), (1, 3)])
                 unedited = row["condition"] == "control:zero"
                 assert ("f1" in row) == unedited, "F1 is measured of what is not a control"
@@ -165,11 +172,11 @@ def test_the_second_scorer_scores_the_same_texts(seeded):
     checked = 0
     for line in measured:
         if (own := texts_of.get(tuple(line[key] for key in (*NAME, "seed", "draw")))) is not None:
-            assert line["second"] == second(own).tolist()
+            assert line["toxicity:words"] == second(own).tolist()
             checked += 1
-    assert checked > 10 and record["params"]["second_scorer"] == "words"
+    assert checked > 10 and record["params"]["second_scorer"] == ["words"]
     none = next(row for row in record["rows"] if row["condition"] == "none")
-    assert none["second_toxicity_change"]["mean"] == 0
+    assert none["by_scorer"]["words"]["toxicity_change"]["mean"] == 0
 
 
 def test_faithful_with_controls(inputs, tmp_path):  # noqa: F811

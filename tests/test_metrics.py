@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lib import paper
 from lib.errors import UserError
-from lib.metrics import mask, repetition, scorer, token_f1
+from lib.metrics import degenerate, mask, repetition, scorer, token_f1
 from lib.statistics import Bootstrap, largest_within, rank_p
 
 
@@ -22,6 +24,23 @@ def test_repetition():
     assert repetition(list(range(20))) == 0
     assert repetition([5] * 20) == pytest.approx(1 - 1 / 18)
     assert repetition([1, 2]) == 0
+
+
+@given(st.text(alphabet=st.characters(blacklist_categories=["L"]), max_size=60))
+def test_what_holds_no_letter_is_degenerate(text):
+    assert degenerate(text, list(range(20)))
+
+
+@given(st.text(alphabet="abcdefghij ", min_size=2, max_size=6), st.integers(8, 30))
+def test_a_loop_is_degenerate_with_and_without_spaces(word, times):
+    looped, different = word * times, [at for at in range(20)]
+    assert degenerate(looped, different), "by its characters, however it is tokenised"
+    assert degenerate("one two three four", [1, 2, 3] * 7), "by its tokens"
+
+
+def test_a_sentence_is_a_text():
+    assert not degenerate(" is a very good example of how people can be rude, and then say sorry.", list(range(17)))
+    assert not degenerate(" and the dog ran to the house of the man", [1, 2, 3, 1, 4, 5, 6, 2, 7, 8])
 
 
 def test_intervals_cover_the_mean_of_a_known_distribution():
@@ -105,10 +124,27 @@ def test_masking(text, masked):
     assert mask(text) == (masked or text)
 
 
-def test_profanity_check_orders_texts():
-    rude, kind = scorer("profanity-check")(["you are a fucking idiot", "thank you for the lovely garden"])
-    assert rude > 0.9 and kind < 0.2
-    assert len(scorer("profanity-check")([])) == 0
+@pytest.mark.parametrize("name, least, most", [("profanity-check", 0.9, 0.2), ("hatesonar", 0.8, 0.4)])
+def test_the_packaged_scorers_order_texts(name, least, most):
+    rude, kind = scorer(name)(["you are a fucking idiot", "thank you for the lovely garden"])
+    assert rude > least and kind < most
+    assert len(scorer(name)([])) == 0
+
+
+def test_hatesonar_scores_as_its_package_does():
+    """Where the machine has the locale that its model asks for, the package's own way gives the same."""
+    from hatesonar import Sonar
+
+    texts = ["You ARE a fucking idiot", "thank you", "", "what a lovely garden, he said"]
+    try:
+        sonar = Sonar()
+    except Exception as error:
+        pytest.skip(f"the package itself does not load here: {type(error).__name__}")
+    theirs = [
+        sum(each["confidence"] for each in sonar.ping(text)["classes"] if each["class_name"] != "neither")
+        for text in texts
+    ]
+    np.testing.assert_allclose(scorer("hatesonar")(texts), theirs, atol=1e-6)
 
 
 def test_words_scores_one_for_a_listed_word(tmp_path):

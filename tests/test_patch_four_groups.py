@@ -57,7 +57,12 @@ def test_the_record(whole):
     assert set(record) == KEPT and record["protocol"] == dataclasses.asdict(SOUND)
     conditions = [(row["condition"], row["kind"]) for row in record["rows"]]
     sets = ["top256", "TP", "TP+AN", "TP+AN+TN", "four_groups", "increasing"]
-    assert conditions == [("none", "none"), ("dpo", "none"), *((s, k) for s in sets for k in ("clamp", "shift"))]
+    shifted = ["all x0.5", "all", "largest5%", "largest10%", "dpo - four_groups"]
+    assert conditions == [
+        *(("none", "none"), ("dpo", "none")),
+        *((name, kind) for name in sets for kind in ("clamp", "shift")),
+        *((name, "shift") for name in shifted),
+    ]
     rows = dict(zip(conditions, record["rows"], strict=True))
     assert rows["four_groups", "clamp"]["neurons"] == sum(record["groups"].values())
     assert rows["none", "none"]["log_ppl"] == rows["none", "none"]["log_ppl_first"]
@@ -78,7 +83,7 @@ def test_the_record(whole):
     assert [(line["name"], line["kind"]) for line in numbers] == conditions
     for line in numbers:  # position 0 alone: what the papers' perplexity of their edit, a clamp, is of
         first = set() if line["kind"] == "shift" else {"nll_first"}
-        assert set(line) == about | {"toxicity", "repetition", "f1", "tokens", "nll"} | first
+        assert set(line) == about | {"toxicity", "repetition", "degenerate", "f1", "tokens", "nll", "kl"} | first
     assert [line["toxicity"] for line in lines[:4]] == pytest.approx(numbers[0]["toxicity"], abs=1e-5)
     tensors = load_file(folder / "activations.safetensors")
     assert {t.shape for t in tensors.values()} == {(3, 48)} and set(tensors) == {"pre", "post", "cosine", "delta"}
@@ -187,7 +192,7 @@ def test_a_disk_that_fills_up_during_the_table(whole, tmp_path):
     full = run("-c", code, limit, *arguments, cwd=ROOT, DPO_NEURONS_CACHE=cache)
     assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr[-2000:]
     assert "no space left on the disk; free some" in full.stderr.splitlines()[-1] and not out.exists()
-    assert len(list(tmp_path.glob("out.partial/conditions/*.json"))) == 12, "what was measured stays"
+    assert len(list(tmp_path.glob("out.partial/conditions/*.json"))) == 17, "what was measured stays"
     again = run(*arguments, cwd=ROOT, DPO_NEURONS_CACHE=cache)
     assert again.returncode == 0 and without_times(out) == without_times(folder)
 

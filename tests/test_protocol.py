@@ -52,7 +52,7 @@ def measured(model, settings, edit=NO_EDIT, prompts=PROMPTS, scorer=no_scores, b
     """What is measured of an edit under a protocol, and the texts; seen: collects what `generate` was called with."""
     choices = released.choices(settings, model.config.model_type)
     tokens = evaluation.make_texts(model.tokenizer, 256, prompts, PASSAGES, choices)
-    measures = evaluation.Measures(passages=None, choices=choices, texts=tokens, scorer=scorer, second_scorer=None)
+    measures = evaluation.Measures(passages=None, choices=choices, texts=tokens, scorer=scorer, second_scorers={})
 
     def generate(model, batch, edit, where):
         if seen is not None:

@@ -55,7 +55,7 @@ def test_the_search_for_a_learning_rate(tmp_path, monkeypatch, best, visited):
         return Source(str(folder), str(folder), "")
 
     monkeypatch.setattr(variants, "trained", trained)
-    asked = ({"model": "some/model"}, 0, "biases", None)
+    asked = ({"model": "some/model", "preset": None}, 0, "biases", None)
     assert list(variants.losses_by_rate(*asked, search=False)) == [pytest.approx(first)]
     (tmp_path / "0" / "training.json").unlink()
     (tmp_path / "0").rmdir()

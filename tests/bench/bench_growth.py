@@ -71,7 +71,7 @@ def measure(prompts: int, neurons: int, conditions: int) -> dict:
         choices=evaluation.SOUND,
         texts=evaluation.make_texts(model.tokenizer, 1024, asked, passages.items, evaluation.SOUND),
         scorer=metrics.scorer("profanity-check"),
-        second_scorer=None,
+        second_scorers={},
     )
     started = time.perf_counter()
     *_, means = mean_activations(model, asked, 64)

@@ -130,7 +130,7 @@ def our_table(files, device, dtype, n_prompts, n_passages) -> dict:
         choices=OnePerplexity(**vars(evaluation.SOUND)),
         texts=evaluation.make_texts(base.tokenizer, 1024, prompts, passages, evaluation.SOUND),
         scorer=metrics.scorer("profanity-check"),
-        second_scorer=None,
+        second_scorers={},
     )
     traces, table = (script.generate, script.likelihood), {}
     plans = plans_of(found.groups, found.pre, found.post, found.delta)

@@ -29,7 +29,7 @@ def main(name: str, folder: str, rounds: int) -> None:
         choices=sound,
         texts=evaluation.make_texts(tokenizer, 1024, prompts.items, passages.items, sound),
         scorer=metrics.scorer("words"),
-        second_scorer=None,
+        second_scorers={},
     )
     traces = script.generate, script.likelihood
     zero = torch.zeros(n_layers(models["here"]), d_mlp(models["here"]))
