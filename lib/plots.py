@@ -166,6 +166,21 @@ def reduction_bars(rows: list[dict], path: Path) -> None:
     _shares(bars, 0.34 * len(bars) + 1.4, label, path)
 
 
+def scorers(rows: list[dict], labels: dict[str, dict[str, int]], path: Path) -> None:
+    """Each condition's mean score by each scorer, beside the shares that were labelled toxic, and no text."""
+    names, by_hand = list(labels), ("toxic", "no text")
+    bars = {row["condition"]: [row["labels"]["by_condition"][name] for name in names] for row in rows}
+    for label in by_hand:
+        bars[f"labelled {label}"] = [labels[name].get(label, 0) / sum(labels[name].values()) for name in names]
+    colors = [*matplotlib.colormaps["tab10"].colors[: len(rows)], "0.2", "0.7"]
+    with drawn(path, (8, 4)) as axes:
+        for at, (name, values) in enumerate(bars.items()):
+            places = np.arange(len(names)) + (at - (len(bars) - 1) / 2) * 0.8 / len(bars)
+            axes.bar(places, values, 0.8 / len(bars), color=colors[at], label=name)
+        axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.set(ylabel="mean score, or share of continuations", ylim=(0, 1))
+
+
 def restored(rows: list[tuple[dict, dict | None]], path: Path) -> None:
     """How much of DPO's cut in toxicity each un-aligning brings back (%), with intervals; controls pale.
 

@@ -145,14 +145,20 @@ def show(console: Console, record: dict, lines: list[tuple]) -> None:
         if theirs:
             rows[-1].append("" if published is None else number(published))
     title = f"{record['model']}, {params['limit']} prompts, {params['protocol']} protocol{released}"
-    table = Table(*rows[0], title=title, **STYLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows[1:]:
-        table.add_row(*row)
+    table = plain_table(rows[0], rows[1:], title)
     # Wide enough for every cell: rich would cut numbers off on a narrow screen.
     console.width = max(console.width, sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)))
     console.print(table)
+
+
+def plain_table(head: list[str], lines: list[list[str]], title: str) -> Table:
+    """A table with names on the left and numbers on the right."""
+    table = Table(*head, title=title, **STYLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def line_at(label: str, rows: list[dict], *path, published: float | None = None) -> tuple:

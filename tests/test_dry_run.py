@@ -47,7 +47,7 @@ def test_conditions_of_several_seeds(inputs, tmp_path):  # noqa: F811
     given = [str(part) for pair in inputs.items() for part in pair]
     sets = ["--sets", "four_groups", "--seeds", "0,1,2", "--out", tmp_path / "out", "--dry-run"]
     dry = run("experiments/patch_four_groups.py", *given, *sets, cwd=ROOT)
-    assert "10 conditions" in dry.stdout  # the base model; for each seed DPO, clamp and shift
+    assert "13 conditions" in dry.stdout  # the base model; for each seed DPO, clamp, shift, and the shift undone
 
 
 def test_variants_are_models_of_their_own(inputs, tmp_path):  # noqa: F811

@@ -189,7 +189,9 @@ def test_faithful_with_controls(inputs, tmp_path):  # noqa: F811
     rows = {(row["condition"], row["kind"]): row for row in record["rows"]}
     assert {name for name, kind in rows if kind == "shift"} == {
         "top256",
-        *(f"control:{name}" for name in ("zero", "flipped", "permuted", "gaussian")),
+        "dpo - top256",
+        *(f"control:{name}" for name in ("zero", "flipped", "permuted", "permuted_at_norm", "gaussian")),
+        *("control:reselected", "control:probe_direction"),
     }, "top256 is all of these 144 neurons: there are no others to take"
     flipped, zero = rows["control:flipped", "clamp"], rows["control:zero", "shift"]
     assert "log_ppl" not in flipped and "log_ppl_first" in flipped
@@ -273,7 +275,7 @@ def test_auto_gives_the_same_numbers(inputs, tmp_path):  # noqa: F811
         record = json.loads((out / "run.json").read_text())
         assert record["params"]["batch_size"] == (4 if size == "auto" else 1)
         rows.append([(row["toxicity"]["mean"], row["f1"], row["log_ppl"], row["neurons"]) for row in record["rows"]])
-    assert len(rows[0]) == 4
+    assert len(rows[0]) == 5
     for auto, one in zip(*rows, strict=True):
         assert auto == pytest.approx(one, rel=1e-4)
 
