@@ -22,6 +22,7 @@ PROGRAM = "python -m report"
 @click.option(
     "--results", "root", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "results", help="Records."
 )
+@click.option("--marks", is_flag=True, help="Print each claim's marks as a Markdown table, and write nothing.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: report.html among the records]")
 def command(**given):
     main(**given)
@@ -47,8 +48,11 @@ from report.records import Record, Records
 MARK = b"<title>dpo-neurons: what was measured</title>"  # of page.html.j2: a file that this command may replace
 
 
-def main(root: Path, out: Path | None) -> None:
-    """Build the page, write it and print its path."""
+def main(root: Path, marks: bool, out: Path | None) -> None:
+    """Build the page, write it and print its path; or print the marks."""
+    if marks:
+        click.echo("\n".join(table_of_marks(Records(root))))
+        return
     out = out or root / "report.html"
     if out.exists() and MARK not in out.read_bytes()[:1000]:
         raise UserError(f"--out {out}: is there and is no report of this project; choose another file.")
@@ -59,6 +63,17 @@ def main(root: Path, out: Path | None) -> None:
         ready.write_text(page, encoding="utf-8")
         ready.replace(out)
     click.echo(out)
+
+
+def table_of_marks(records: Records) -> list[str]:
+    """Lines of a Markdown table: a claim that has marks, and what each record says of it."""
+    words = {True: "yes", False: "no", None: "open"}
+    lines = ["| where | claim | marks |", "|---|---|---|"]
+    for paper, module in (("Yang", yang2025), ("Lee", lee2024)):
+        for comparison in module.comparisons(records):
+            marks = ", ".join(f"{verdict.label}: {words[verdict.agrees]}" for verdict in comparison.verdicts)
+            lines += [f"| {paper}, {comparison.place} | {comparison.claim} | {marks} |"] if marks else []
+    return lines
 
 
 def build(records: Records) -> str:

@@ -11,7 +11,7 @@ import scipy.stats
 from conftest import ROOT, run
 
 from lib.metrics import profane_pattern
-from report.__main__ import build
+from report.__main__ import build, table_of_marks
 from report.compare import accuracy, bounds, fixed, overlaps, spread, wilson
 from report.records import Records
 from report.yang2025 import percent_cut
@@ -275,3 +275,9 @@ def test_a_page_of_others_is_left_alone(tmp_path):
     assert (tmp_path / "page.html").read_text() == "<html>theirs</html>"
     for _ in range(2):
         assert run("-m", "report", "--out", tmp_path / "own.html", cwd=ROOT).returncode == 0
+
+
+def test_results_readme_says_what_the_marks_say():
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    section = page[page.index("## Marks") :].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")] == table_of_marks(Records(RESULTS))
