@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # without pyplot: a PNG needs no window, a
 RED, BLUE, TEAL, ORANGE, PURPLE = "#c0392b", "#2c5aa0", "#148f77", "#e08e0b", "#8e44ad"  # Yang's four, and one more
 BEFORE_AFTER = (("pre", RED, "before DPO"), ("post", BLUE, "after DPO"))
 COLORS = {"clamp": RED, "shift": BLUE, "scale": TEAL, "keys": RED, "values": BLUE, "keys and bias": PURPLE, "none": "k"}
-MARKERS = {"clamp": "o", "shift": "^", "scale": "D", "steer": "s", "none": "s"}
+MARKERS = {"clamp": "o", "shift": "^", "scale": "D", "steer": "s", "subtract": "v", "none": "s"}
 
 
 @contextmanager

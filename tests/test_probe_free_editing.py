@@ -93,7 +93,7 @@ def test_the_contrastive_vector(traced, family):
 
 
 NEURON_SCRIPTS = ("patch_four_groups", "toxic_neurons_not_enough", "probe_free_editing")
-CAUSAL_SCRIPTS = (*NEURON_SCRIPTS, "steer", "unalign", "robust_alignment")
+CAUSAL_SCRIPTS = (*NEURON_SCRIPTS, "steer", "unalign", "robust_alignment", "difference_in_means")
 
 
 @pytest.mark.parametrize("name", CAUSAL_SCRIPTS)
