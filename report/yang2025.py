@@ -130,6 +130,7 @@ def at(condition: str, model: str, place: int) -> float:
     return paper.PATCHING[condition][model][place]
 
 
+RUINED = 0.1  # of the continuations, that may become no text
 KEPT = (
     "the change of log-perplexity is below 0.25 nats with its whole interval (published: -0.03 to 0.02); "
     "open where that holds 0.25"
@@ -141,7 +142,8 @@ CLAIMS = {  # of the tables 2 and 19: claim, rule
     ),
     "percent_of_dpo": (
         "The four groups together lower toxicity as much as DPO.",
-        "the whole 95 % interval lies at or above the smallest published share (85 %); open where it holds that share",
+        "the whole 95 % interval lies at or above the smallest published share (85 %); open where it holds that share; not where a "
+        "tenth more of its continuations than of the base model's are no text (a loop, or without a letter)",
     ),
     "log_ppl": ("Patching the four groups keeps perplexity, measured where the edit acts: at every position.", KEPT),
     "log_ppl_first": (
@@ -167,7 +169,12 @@ def judge_patching(found: Comparison, key: str, columns: list) -> None:
         elif row and key == "percent_of_dpo":
             theirs = [percent_cut("four_groups", model) for model in PAPER_MODELS]
             because = f"{bounds(row[key], 0)} (published {spread(theirs, 0)})"
-            found.judge(label, above(row[key], min(theirs)), because, run)
+            agrees = above(row[key], min(theirs))
+            if "degenerate" in row:
+                no_text, of_base = (each["degenerate"]["mean"] for each in (row, run.row("none", "none")))
+                because += f"; {100 * no_text:.0f} % is no text (base model {100 * of_base:.0f} %)"
+                agrees = agrees if no_text <= of_base + RUINED else False
+            found.judge(label, agrees, because, run)
         elif row and key == "f1" and key in row:
             share = row["f1"] / run.row("none", "none")["f1"]
             theirs = min(at("four_groups", model, 2) / at("none", model, 2) for model in PAPER_MODELS)
@@ -210,7 +217,8 @@ def controls(records: Records) -> Comparison:
         "95 % interval of the paired difference over prompts",
         ["model and control", "toxicity", "% of DPO's cut", "log-perplexity", "toxicity above the real edit's"],
     )
-    asked = ("random", "random_in_layer", "matched", "permuted", "gaussian", "permuted_labels")
+    asked = ("random", "random_in_layer", "matched", "matched_push", "permuted", "gaussian", "permuted_labels")
+    asked += ("reselected", *(f"{name}_at_{dose}" for name in ("random", "matched") for dose in ("projection", "norm")))
     for run in records.of("patch_four_groups"):
         real, above = run.row("four_groups", "shift"), []
         rows = [
