@@ -142,8 +142,8 @@ CLAIMS = {  # of the tables 2 and 19: claim, rule
     ),
     "percent_of_dpo": (
         "The four groups together lower toxicity as much as DPO.",
-        "the whole 95 % interval lies at or above the smallest published share (85 %); open where it holds that share; not where a "
-        "tenth more of its continuations than of the base model's are no text (a loop, or without a letter)",
+        "the whole 95 % interval lies at or above the smallest published share (85 %); open where it holds that share; "
+        "not where a tenth more of its continuations than of the base model's are no text (loops, or without letters)",
     ),
     "log_ppl": ("Patching the four groups keeps perplexity, measured where the edit acts: at every position.", KEPT),
     "log_ppl_first": (
