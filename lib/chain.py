@@ -63,9 +63,15 @@ def commands(options: dict, seeds: list[int], needs: tuple[str, ...], more: list
             lines.append(f"python experiments/train_probe.py {common}")
         if "post" in needs:
             trained = [[], *more] if not options["post"] else more
-            common += f" --preset {options['preset']}" if options["preset"] else ""
+            common = " ".join([common, *dose(options)])
             lines += [" ".join([f"python -m dpo {common}", *arguments]) for arguments in trained]
     return lines
+
+
+def dose(options: dict) -> list[str]:
+    """Arguments of `python -m dpo` by --preset and --updates."""
+    given = (("--preset", options["preset"]), ("--steps", options["updates"]))
+    return [part for name, value in given if value for part in (name, str(value))]
 
 
 def probe_file(options: dict, seed: int, protocol: Protocol) -> Path:
@@ -110,8 +116,7 @@ def post_source(options: dict, seed: int, *more: str) -> Source | None:
             "--remote: DPO does not train on a server. Give --post lora:FOLDER (`python -m dpo --trainable lora:16`, "
             "where the weights are) or --post means:FILE (a model's mean activations after DPO)."
         )
-    preset = ["--preset", options["preset"]] if options["preset"] else []
-    chosen = [*_common(options), *preset, "--pairs", options["pairs"], "--seed", str(seed)]
+    chosen = [*_common(options), *dose(options), "--pairs", options["pairs"], "--seed", str(seed)]
     return resolve(str(run("-m", "dpo", *chosen, *more)))
 
 
@@ -208,7 +213,7 @@ def settings(
         texts: `prompts`, and `passages` where effects are measured.
     """
     texts_and_models = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "limit"}
-    own = texts_and_models | {"preset", "probe", "post"}
+    own = texts_and_models | {"preset", "updates", "probe", "post"}
     screen = {"out", "overwrite", "dry_run", "raw_text", "verbose", "remote_timeout"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {name: dataset.sha256 for name, dataset in texts.items()}

@@ -158,6 +158,9 @@ OPTIONS = {
         help="Hyperparameters of DPO. embedded halves toxicity, as the papers' DPO does; strong goes on.  [default: "
         "embedded for the models from PyPI, else yang2025]",
     ),
+    "updates": click.option(
+        "--updates", type=click.IntRange(1), help="Updates of DPO, where no --post is given.  [default: by --preset]"
+    ),
     "scorer": click.option(
         "--scorer",
         help="profanity-check, words, words:<file>, probe:<model>, hatesonar, detoxify, detoxify:unbiased or "
@@ -239,7 +242,7 @@ def options(*names: str) -> Callable:
 
 REMOTE = ("remote", "remote-timeout", "verbose")
 INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-or-auto", "limit", "prompts", "passages")
-ARTIFACTS = ("comments", "pairs", "preset", "probe", "post")
+ARTIFACTS = ("comments", "pairs", "preset", "updates", "probe", "post")
 MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
 OUTPUTS = ("out", "overwrite", "dry-run", "raw-text")
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim

@@ -41,7 +41,7 @@ HOSTED_BATCH = 48  # prompts at once on a server with --batch-size auto: its mem
 ENOUGH_LEFT = 0.99  # cosine of DPO's update, as rounded, with itself; below it is said
 # Of options that a script does not have.
 DEFAULTS = {
-    "seeds": None, "preset": None, "probe": None, "post": None, "controls": "none", "holdout": False,
+    "seeds": None, "preset": None, "updates": None, "probe": None, "post": None, "controls": "none", "holdout": False,
     "protocol": "sound", "released": [], "raw_text": False,
 }  # fmt: skip
 
