@@ -102,7 +102,8 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
                         for control in undrawn(plan) if options["controls"] != "none" else ():
                             table.add_control(control, kind, control.edit, run=run, control_of=edit_name)
                 tested = label(name, order, alpha[-1], beta[0])  # its beta leaves other neurons to draw from
-                for control in inputs.edit_controls(run, plans[tested], [norms, run.pre_means.activation.abs()]):
+                alike = [norms, run.pre_means.activation.abs()]
+                for control in inputs.edit_controls(run, plans[tested], alike, direction):
                     if all_edits or control.draw:  # those without a draw are the same for every seed
                         table.add_control(control, kind, control.edit, run=run, control_of=tested)
                 for control in inputs.other_directions(run, contrast if name == "tokens" else None):
@@ -124,9 +125,11 @@ def plan_conditions(options: dict, representation, seeded, kinds, alpha: list[fl
         for name, kind in product(representation, kinds):
             of_tested = controls_of(options, kind, words=name == "tokens", all_neurons=beta[0] == 1)
             n_undrawn = 2 if kind == "clamp" else 1  # `zero` is the unedited model
+            n_drawless = n_undrawn + (kind == "shift")  # the push against the direction is the tested edit's alone
             if at == 0 or name in seeded:
                 of_seed += [Planned(kind)] * n_edits + of_tested[:n_undrawn] * n_edits
-            of_seed += of_tested[n_undrawn:]
+                of_seed += of_tested[n_undrawn:n_drawless]
+            of_seed += of_tested[n_drawless:]
     return Workload(conditions)
 
 

@@ -18,8 +18,8 @@ A shift is one vector a layer (`lib.offsets`), so it has controls of its own, so
 | control | what it leaves as it was | what it takes away |
 |---|---|---|
 | `matched_push` | number in each layer, length of what each neuron's shift adds | which neurons of those alike |
-| `random_at_projection` | as `random`, and the projection on DPO's full offset | which neurons |
-| `matched_at_projection` | as `matched`, and the projection on DPO's full offset | which neurons of those alike |
+| `random_at_projection` | as `random`, and the projection on all neurons' offset | which neurons |
+| `matched_at_projection` | as `matched`, and the projection on all neurons' offset | which neurons of those alike |
 | `random_at_norm` | as `random`, and the length of the offset over all layers | which neurons |
 | `matched_at_norm` | as `matched`, and the length of the offset over all layers | which neurons of those alike |
 | `permuted_at_norm` | as `permuted`, and the length of the offset over all layers | which value goes to which neuron |
@@ -105,7 +105,7 @@ def at_dose(drawn: list[Control], own: torch.Tensor, real: torch.Tensor, full: t
 
     Args:
         drawn: `random`, `matched` and `permuted` ones.
-        own, real, full: their offsets `[n_drawn, n_layers, d_model]`, that the edit's, and DPO's `[n_layers, d_model]`.
+        own: their offsets `[n_drawn, n_layers, d_model]`; real, full: the edit's, and that of all neurons' shift.
     """
     for control, offset in zip(drawn, own, strict=True):
         yield control._replace(name=f"{control.name}_at_norm", strength=float(real.norm() / offset.norm()))

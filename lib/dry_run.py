@@ -76,7 +76,8 @@ def controls_of(
     drawn = [] if all_neurons else ["random", "random_in_layer", "matched"]
     drawn += [] if kind == "clamp" else ["permuted"]
     if kind == "shift":
-        drawn += ["matched_push", *DOSED, "random_at_projection", "matched_at_projection"]
+        dosed = [*DOSED, "random_at_projection", "matched_at_projection"]
+        drawn += ["permuted_at_norm"] if all_neurons else ["matched_push", *dosed]
     drawn += ["reselected"] if anew else []
     names = of_plan + (drawn + directions(options, words)) * n_draws(options)
     return [Planned(kind, control=True)] * len(names)

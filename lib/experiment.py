@@ -151,10 +151,14 @@ class Inputs:
         """The draws of each random control that this run's seed measures; over all seeds those of --controls."""
         return controls.draws(self.options["controls"], self.seeds.index(run.seed), len(self.seeds))
 
-    def edit_controls(self, run: Run, plan: Plan, features: list[torch.Tensor]) -> Iterator[Control]:
+    def edit_controls(
+        self, run: Run, plan: Plan, features: list[torch.Tensor], direction: Probe | None = None
+    ) -> Iterator[Control]:
         """The controls of an edit at --controls, but those that are selected anew: see `lib.controls`.
 
-        features: see `lib.controls.of_plan`.
+        Args:
+            features: see `lib.controls.of_plan`.
+            direction: that the edit was chosen by; None: the run's probe.
         """
         if self.options["controls"] == "none":
             return
@@ -166,7 +170,7 @@ class Inputs:
             edits = [replace(plan, mask=every).edit(), plan.edit(), *(control.edit for control in dosed)]
             full, real, *own = self.at_weights(offsets.offsets, edits)
             yield from controls.at_dose(dosed, own, real, full)
-            shift = self.at_weights(offsets.away_from, run.probe.direction, real)
+            shift = self.at_weights(offsets.away_from, (direction or run.probe).direction, real)
             yield Control("probe_direction", plan=Plan("shift", every, 0 * shift, shift))
 
     def random_neurons(self, run: Run, plan: Plan) -> Iterator[Control]:

@@ -14,7 +14,7 @@ from lib.dry_run import seconds, sizes
 CAUSAL = {
     "patch_four_groups": ["--controls", "quick"],
     "toxic_neurons_not_enough": [],
-    "probe_free_editing": ["--controls", "quick", "--representation", "tokens,probe"],
+    "probe_free_editing": ["--controls", "quick", "--representation", "tokens,probe", "--kinds", "clamp,scale,shift"],
     "steer": ["--alpha", "3", "--controls", "quick"],
     "unalign": ["--controls", "quick"],
     "difference_in_means": ["--strength", "1", "--controls", "quick"],
