@@ -26,7 +26,7 @@ from lib.generation import (
 from lib.interventions import NO_EDIT
 from lib.metrics import Scorer, degenerate, repetition, scorer, token_f1
 from lib.remote import Server, session
-from lib.statistics import Bootstrap
+from lib.statistics import Bootstrap, rank_p
 
 WINDOW = 64  # tokens of a passage for perplexity, with its BOS
 F1_PROMPT = 32  # tokens that the model continues for F1 (both papers' code)
@@ -275,6 +275,47 @@ def by_run(measured: list[dict], runs: list[int]) -> dict[str, np.ndarray]:
     return rows
 
 
+def runs_of(seeds: list[int], draws: list[int], every: list[int]) -> list[int]:
+    """The run that each measurement of a row belongs to: its seed, whose draws share a probe and a DPO model.
+
+    With one seed it is the draw. A row that not every seed has stands for its own runs alone.
+    """
+    if len(every) == 1:
+        return draws
+    return seeds if set(seeds) == set(every) else [0] * len(seeds)
+
+
+def row_entries(
+    measured: dict[tuple, list[tuple[int, int, dict]]], seeds: list[int], seed: int, full: bool
+) -> dict[tuple, dict]:
+    """Every row's statistics: see `make_row`; of a control also its difference from what it belongs to.
+
+    Args:
+        measured: (condition, kind, of, means) -> seed, draw and what `measure` returned, of each measurement. It holds
+            the base model (`none`), and DPO where there is one.
+        seeds: of the whole run.
+        seed: of the resamples.
+        full: whether there are enough draws for a rank.
+    """
+    numbers = {}
+    for key, entries in measured.items():
+        of_seeds, draws, each = map(list, zip(*entries, strict=True))
+        numbers[key] = by_run(each, runs_of(of_seeds, draws, seeds))
+    none, dpo = (numbers.get((name, "none", "", "same")) for name in ("none", "dpo"))
+    prompts, passages = Bootstrap(none["toxicity"].shape[1], seed), Bootstrap(none["tokens"].shape[1], seed)
+    rows = {}
+    for key, values in numbers.items():
+        _, kind, control_of, means_from = key
+        rows[key] = make_row(values, none, dpo, prompts, passages)
+        if control_of:
+            real = numbers[control_of, kind, "", means_from]["toxicity"]
+            rows[key]["difference_from_real"] = prompts.difference(values["toxicity"], real)
+            draws = [float(np.mean(each["toxicity"])) for *_, each in measured[key]]
+            if full and len(draws) > 1:
+                rows[key]["rank_p"] = rank_p(float(real.mean()), draws)
+    return rows
+
+
 def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, passages: Bootstrap) -> dict:
     """One condition's entries in run.json: means with 95 % intervals, against base model and DPO; see `by_run`."""
     row = effect("toxicity", values, none, dpo, prompts)
@@ -289,9 +330,10 @@ def make_row(values: dict, none: dict, dpo: dict | None, prompts: Bootstrap, pas
         row["kl"] = passages.ratio(values["kl"], tokens)
     if "f1" in values:
         row["f1"] = float(values["f1"].mean())
-    text = 1 - values["degenerate"]
-    row["degenerate"] = prompts.mean(values["degenerate"])
-    row["toxicity_of_text"] = prompts.ratio(values["toxicity"] * text, text)
+    if "degenerate" in values:
+        text = 1 - values["degenerate"]
+        row["degenerate"] = prompts.mean(values["degenerate"])
+        row["toxicity_of_text"] = prompts.ratio(values["toxicity"] * text, text)
     return row | {"repetition": float(values["repetition"].mean())}
 
 

@@ -34,7 +34,6 @@ from lib.experiment import Inputs, Run
 from lib.families import input_device
 from lib.interventions import NO_EDIT, Edit, shift
 from lib.offsets import against, offsets
-from lib.statistics import Bootstrap, rank_p
 
 SHOWN_DRAWS = 1  # of each control that generations.jsonl keeps; the numbers of all are in measurements.jsonl
 
@@ -217,22 +216,18 @@ class Table:
         published: (condition, kind) -> `{"published": ...}` or nothing.
         """
         inputs = self.inputs
-        over_prompts = Bootstrap(len(inputs.prompts.items), inputs.options["seed"])
         grouped: dict[tuple, list[Condition]] = {}
         for condition in self.measured:
             grouped.setdefault(condition.row, []).append(condition)
-        numbers = {
-            row: evaluation.by_run([self.measured[c] for c in conditions], self._runs(conditions))
+        measured = {
+            row: [(condition.seed, condition.draw, self.measured[condition]) for condition in conditions]
             for row, conditions in grouped.items()
         }
-        none, dpo = (numbers.get(Condition(name).row) for name in ("none", "dpo"))
-        over_passages = Bootstrap(none["tokens"].shape[1], inputs.options["seed"])
+        full = inputs.options["controls"] == "full"
+        entries = evaluation.row_entries(measured, inputs.seeds, inputs.options["seed"], full)
         rows = []
-        for name, kind, control_of, means_from in sorted(grouped, key=lambda row: place(row, list(grouped))):
-            conditions, values = (
-                grouped[name, kind, control_of, means_from],
-                numbers[name, kind, control_of, means_from],
-            )
+        for key in sorted(grouped, key=lambda row: place(row, list(grouped))):
+            (name, kind, control_of, means_from), conditions = key, grouped[key]
             row = {
                 "condition": name,
                 "kind": kind,
@@ -240,30 +235,15 @@ class Table:
                 "means": means_from if len(inputs.mean_prompts) > 1 and kind != "none" else None,
                 "positions": inputs.protocol.edit_positions if kind != "none" else None,
                 "neurons": self.neurons.get(conditions[0], 0),
-                **evaluation.make_row(values, none, dpo, over_prompts, over_passages),
+                **entries[key],
                 "runs": [self._run(condition) for condition in conditions],
             }
             if conditions[0] in self.offsets:
                 row["offset"] = mean_offset([self.offsets[condition] for condition in conditions])
-            if control_of:
-                real = numbers[control_of, kind, "", means_from]["toxicity"]
-                row["difference_from_real"] = over_prompts.difference(values["toxicity"], real)
-                if inputs.options["controls"] == "full" and len(conditions) > 1:
-                    row["rank_p"] = rank_p(float(real.mean()), [run["toxicity"] for run in row["runs"]])
-            else:
+            if not control_of:
                 row |= published(name, kind)
             rows.append(row)
         return rows
-
-    def _runs(self, conditions: list[Condition]) -> list[int]:
-        """The run of each measurement of a row: its seed, whose draws share a probe and a DPO model.
-
-        With one seed it is the draw. A row that not every seed has stands for its own runs alone.
-        """
-        if len(self.inputs.seeds) == 1:
-            return [condition.draw for condition in conditions]
-        seeds = [condition.seed for condition in conditions]
-        return seeds if set(seeds) == set(self.inputs.seeds) else [0] * len(seeds)
 
     def _run(self, condition: Condition) -> dict:
         measured = self.measured[condition]

@@ -1,5 +1,6 @@
 """The report: numbers against the records that they come from, rules by hand, and records that are not there."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -159,15 +160,20 @@ def test_steering_without_controls_has_no_mark(tmp_path):
     assert "agrees" not in marks(build(Records(tmp_path)), heading)
 
 
+def flat(value: dict) -> list[float | None]:
+    """A mean with its intervals."""
+    return [value["mean"], value["low"], value["high"], *value.get("these_runs", ())]
+
+
 def test_a_paired_difference_is_the_record_s():
     """The differences that run.json holds: against the base model, and of a control of three draws."""
     record = Records(RESULTS).get("patch_four_groups/gemma-270m")
     row = record.row("TP+AN", "shift")
     found = record.paired(("TP+AN", "shift", ""), ("none", "none", ""))
-    assert found == pytest.approx(row["toxicity_change"], abs=1e-6)  # measurements are rounded
+    assert flat(found) == pytest.approx(flat(row["toxicity_change"]), abs=1e-6)  # measurements are rounded
     control = ("control:gaussian", "shift", "four_groups")
     found = record.paired(control, ("four_groups", "shift", ""))
-    assert found == pytest.approx(record.row(*control)["difference_from_real"], abs=1e-6)
+    assert flat(found) == pytest.approx(flat(record.row(*control)["difference_from_real"]), abs=1e-6)
     assert record.paired(("TP+AN", "shift", ""), ("no such", "none", "")) is None
 
 
@@ -281,3 +287,15 @@ def test_results_readme_says_what_the_marks_say():
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
     section = page[page.index("## Marks") :].split("\n## ")[0]
     assert [line for line in section.splitlines() if line.startswith("|")] == table_of_marks(Records(RESULTS))
+
+
+@pytest.mark.parametrize("name", ["patch_four_groups/smollm2", "section6/patch", "unalign/smollm2"])
+def test_committed_statistics_are_those_of_the_measurements(name):
+    spec = importlib.util.spec_from_file_location("recompute", RESULTS / "recompute.py")
+    recompute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recompute)
+    committed = json.loads((RESULTS / name / "run.json").read_text(encoding="utf-8"))
+    for row, again in zip(committed["rows"], recompute.recomputed(RESULTS / name)["rows"], strict=True):
+        for key, value in again.items():
+            if isinstance(value, dict) and "mean" in value:
+                assert flat(row[key]) == pytest.approx(flat(value), abs=1e-4), (row["condition"], key)
