@@ -21,7 +21,7 @@ import click
 
 from lib.cli import check, options
 
-LABELS = "results/scorers/labels.jsonl"
+LABELS = "results/compare_scorers/labels.jsonl"
 
 
 @click.command(help=__doc__.split("\n")[0])
