@@ -62,7 +62,10 @@ def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
     """Toxicity with intervals against both measures of damage; controls hollow and without a name."""
     rows = [row for row in rows if "log_ppl" in row]  # of controls under the faithful protocol it is not measured
     panels = damages(rows)
-    with drawn(path, (6.5 * len(panels), 4.6), ncols=len(panels), squeeze=False, sharey=True) as grid:
+    with drawn(path, (7.5 * len(panels), 5.5), ncols=len(panels), squeeze=False, sharey=True) as grid:
+        _log_ticks(grid[0, 0], [row["log_ppl"] for row in rows])
+        if len(panels) > 1:
+            grid[0, 1].set_xscale("symlog", linthresh=0.02)  # a KL of 0 is the base model's
         for axes, (label, damage) in zip(grid[0], panels, strict=True):
             axes.set_xlabel(label)
             _points(axes, rows, damage)
@@ -83,7 +86,7 @@ def _points(axes, rows: list[dict], damage: Callable[[dict], float]) -> None:
         else:
             mean, around = error_bars([row["toxicity"]])
             axes.errorbar(damage(row), mean, around, ms=6, elinewidth=0.7, alpha=0.9, **style)
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
     axes.grid(color="0.93")
     axes.figure.draw_without_rendering()  # settles the axes' limits, which the labels' places depend on
     for row in (row for row in rows if not row["of"]):

@@ -180,17 +180,17 @@ def test_a_paired_difference_is_the_record_s():
 def test_rows_of_a_run_with_other_sets(tmp_path):
     """Sets that another run measured under the same settings stand in the same column; under others they do not."""
     target = tmp_path / "patch_four_groups"
-    for name in ("smollm2", "smollm2_sets"):
+    for name in ("smollm2_256", "smollm2_sets"):
         shutil.copytree(RESULTS / "patch_four_groups" / name, target / name)
     records = Records(tmp_path)
-    main, sets = (records.get(f"patch_four_groups/{name}") for name in ("smollm2", "smollm2_sets"))
+    main, sets = (records.get(f"patch_four_groups/{name}") for name in ("smollm2_256", "smollm2_sets"))
     assert records.row(main, "four_groups", "shift") == (main, main.row("four_groups", "shift"))
     assert records.row(main, "TP", "shift") == (sets, sets.row("TP", "shift"))
     other = json.loads((target / "smollm2_sets" / "run.json").read_text())
     other["provenance"]["settings"]["n_prompts"] = 255
     (target / "smollm2_sets" / "run.json").write_text(json.dumps(other))
     records = Records(tmp_path)
-    assert records.row(records.get("patch_four_groups/smollm2"), "TP", "shift")[1] is None
+    assert records.row(records.get("patch_four_groups/smollm2_256"), "TP", "shift")[1] is None
 
 
 def test_what_was_not_run_is_said(tmp_path):
@@ -289,7 +289,7 @@ def test_results_readme_says_what_the_marks_say():
     assert [line for line in section.splitlines() if line.startswith("|")] == table_of_marks(Records(RESULTS))
 
 
-@pytest.mark.parametrize("name", ["patch_four_groups/smollm2", "section6/patch", "unalign/smollm2"])
+@pytest.mark.parametrize("name", ["patch_four_groups/smollm2_256", "patch_four_groups/smollm2", "unalign/smollm2"])
 def test_committed_statistics_are_those_of_the_measurements(name):
     spec = importlib.util.spec_from_file_location("recompute", RESULTS / "recompute.py")
     recompute = importlib.util.module_from_spec(spec)
