@@ -143,7 +143,7 @@ def make_workload(options: dict, places: list[str], strength: list[float] | None
     n_controls = len(places) * (1 + len(DRAWN) * n_drawn) if options["controls"] != "none" else 0
     first = [*edits, *[Planned("subtract", control=True)] * n_controls]
     others = [[] for _ in (options["seeds"] or [0])[1:]]
-    traces = [Traces("read", texts=[text for text, _ in comments], once=True)]
+    traces = [Traces("read texts", texts=[text for text, _ in comments], once=True)]
     search_too = "" if strength else "the search for a strength"
     return Workload([first, *others], means=False, traces=traces, uncounted=search_too)
 

@@ -19,6 +19,8 @@ from lib import models
 from lib.controls import DOSED, FEATURES, draws
 from lib.evaluation import Choices, Measures, Texts, together
 from lib.generation import NEW_TOKENS, prompt_ids
+from lib.probes import TEXT_LENGTH
+from lib.tokens import encode
 
 ABOVE_FLOOR = 2.0  # times the floor that a pass takes: 1.8 in results/bench/bench.json, generation
 RUNTIME = 1e9  # bytes of Python, torch and the scorer
@@ -37,7 +39,9 @@ class Planned(NamedTuple):
 class Traces(NamedTuple):
     """What a script that edits nothing would run over its prompts, for each seed."""
 
-    what: str  # `read`; `generate`; `read generated`: prompts and new tokens; `means`: `lib.neurons.cached_means`
+    # `read`; `read texts`: longer ones, sorted; `generate`; `read generated`: prompts and new tokens; `means`:
+    # `lib.neurons.cached_means`
+    what: str
     models: int = 1
     texts: Sequence[str] = ()  # instead of the prompts
     half: int | None = None  # of the prompts
@@ -180,6 +184,8 @@ def passes_of_traces(traces: Traces, tokenizer, prompts: list[str], size: int, r
         texts = list(traces.texts) or texts[:size]
         size = len(texts)
     by_released = released is not None and traces.what == "means"
+    if traces.what == "read texts":
+        return traces.models * list(reading(encode(tokenizer, sorted(texts, key=len), TEXT_LENGTH), size))
     rows = prompt_ids(tokenizer, texts, released) if by_released else prompt_ids(tokenizer, texts)
     continued = [[*row, *[0] * NEW_TOKENS] for row in rows]
     if traces.what == "read":
