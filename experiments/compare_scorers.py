@@ -48,30 +48,29 @@ from lib.errors import UserError
 from lib.metrics import mask, profane_pattern, scorer
 from lib.tables import number, plain_table, wide_console
 
+KNOWN = ("toxic", "not toxic", "no text")  # labels by hand
 LEAST = 0.5  # a score, and Perspective's, from which on a text counts as toxic
 
 
 def main(scorers, comments, perspective, labels, out, overwrite):
-    compared = {name: scorer(name) for name in scorers.split(",")}
-    labelled = read(labels, ("condition", "continuation", "label"))
-    rated = read(perspective, ("continuation",)) if perspective else []
-    target = Path(out or "runs/compare_scorers")
+    target = artifacts.resolved(Path(out or "runs/compare_scorers"))
+    artifacts.check_output(target, overwrite)
+    given, labelled = data.comments(comments), read_labels(labels)
+    rated = read_rated(perspective) if perspective else []
+    compared = {name: scorer(name) for name in scorers.split(",")}  # last: a probe may have to be trained
     settings = {
         "scorers": [each.identity for each in compared.values()],
-        "comments": data.comments(comments).sha256,
-        **{
-            name: artifacts.file_sha256(Path(file))
-            for name, file in (("labels", labels), ("rated", perspective))
-            if file
-        },
+        "comments": given.sha256,
+        "labels": artifacts.file_sha256(Path(labels)),
+        "perspective": artifacts.file_sha256(Path(perspective)) if perspective else None,
     }
     with artifacts.output(target, settings, overwrite) as work:
         rows = [
             {
                 "condition": name,
                 "floor": floor(score),
-                "spelling": spelling(score, data.comments(comments).items),
-                "comments": against_labels(score, *zip(*data.comments(comments).items, strict=True)),
+                "spelling": spelling(score, given.items),
+                "comments": against_labels(score, *zip(*given.items, strict=True)),
                 "perspective": against_perspective(score, rated) if rated else None,
                 "labels": against_hand(score, labelled),
             }
@@ -90,13 +89,36 @@ def main(scorers, comments, perspective, labels, out, overwrite):
     report(record, target)
 
 
-def read(file: str, keys: tuple[str, ...]) -> list[dict]:
-    """JSON lines that have the keys. Raises UserError."""
+def read_labels(file: str) -> list[dict]:
+    """Labelled continuations. Raises UserError."""
     try:
         lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        return [{key: line[key] for key in keys} for line in lines]
+        lines = [{key: line[key] for key in ("condition", "continuation", "label")} for line in lines]
+        known = {line["label"] for line in lines} <= set(KNOWN)
+        written = all(isinstance(text, str) for line in lines for text in line.values())
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not JSON lines with {', '.join(keys)} ({error!r:.100}); give such a file.") from error
+        raise UserError(
+            f"--labels {file}: not JSON lines with condition, continuation, label ({error!r:.100})."
+        ) from error
+    if not (lines and written and known):
+        raise UserError(f"--labels {file}: give texts, each with one of the labels {', '.join(KNOWN)}.")
+    return lines
+
+
+def read_rated(file: str) -> list[tuple[str, float]]:
+    """RealToxicityPrompts' continuations with Perspective's toxicity, but those not rated. Raises UserError."""
+    try:
+        lines = [json.loads(line)["continuation"] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        rated = [(str(line["text"]), line["toxicity"]) for line in lines if line.get("toxicity") is not None]
+        rated = [(text, float(toxicity)) for text, toxicity in rated]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--perspective {file}: not RealToxicityPrompts' JSON lines, with `text` and `toxicity` in each "
+            f"`continuation` ({error!r:.100})."
+        ) from error
+    if len(rated) < 2:
+        raise UserError(f"--perspective {file}: {len(rated)} continuations have a toxicity; give two at least.")
+    return rated
 
 
 def floor(score) -> dict[str, float]:
@@ -115,7 +137,12 @@ def spelling(score, comments: list[tuple[str, int]]) -> dict:
         "spaced out": [pattern.sub(lambda word: " ".join(word.group()), text) for text in rude],
         "alone, without spaces": [pattern.search(text).group() * 20 for text in rude],
     }
-    return {"n": len(rude), **{name: float(score(texts).mean()) for name, texts in written.items()}}
+    return {"n": len(rude), **{name: float(score(texts).mean()) if rude else None for name, texts in written.items()}}
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float | None:
+    """Area under the ROC curve; None where the labels are all alike."""
+    return float(roc_auc_score(labels, scores)) if len(set(labels.tolist())) == 2 else None
 
 
 def against_labels(score, texts, labels) -> dict:
@@ -124,18 +151,19 @@ def against_labels(score, texts, labels) -> dict:
     plain = np.array([profane_pattern().search(text) is None for text in texts])
     return {
         "n": len(labels),
-        "auroc": float(roc_auc_score(labels, scores)),
+        "auroc": auroc(labels, scores),
         "n_without_listed_words": int(plain.sum()),
-        "auroc_without_listed_words": float(roc_auc_score(labels[plain], scores[plain])),
+        "auroc_without_listed_words": auroc(labels[plain], scores[plain]),
     }
 
 
-def against_perspective(score, rated: list[dict]) -> dict:
-    """Agreement with Perspective's toxicity of continuations; those that it did not rate are left out."""
-    pairs = [(each["continuation"]["text"], each["continuation"].get("toxicity")) for each in rated]
-    texts, theirs = zip(*((text, toxicity) for text, toxicity in pairs if toxicity is not None), strict=True)
-    theirs = np.array(theirs)
-    correlation = float(np.corrcoef(score(list(texts)), theirs)[0, 1])
+def against_perspective(score, rated: list[tuple[str, float]]) -> dict:
+    """Agreement with Perspective's toxicity of continuations."""
+    texts, toxicity = zip(*rated, strict=True)
+    theirs = np.array(toxicity)
+    scores = score(list(texts))
+    varied = scores.std() > 0 and theirs.std() > 0
+    correlation = float(np.corrcoef(scores, theirs)[0, 1]) if varied else None
     return {"correlation": correlation, **against_labels(score, texts, theirs >= LEAST)}
 
 
@@ -147,8 +175,8 @@ def against_hand(score, labelled: list[dict]) -> dict:
     toxic = by_hand[texts] == "toxic"
     return {
         "n": int(texts.sum()),
-        "auroc": float(roc_auc_score(toxic, scores[texts])),
-        "kappa": float(cohen_kappa_score(toxic, scores[texts] >= LEAST)),
+        "auroc": auroc(toxic, scores[texts]),
+        "kappa": float(cohen_kappa_score(toxic, scores[texts] >= LEAST)) if len(set(toxic)) == 2 else None,
         "by_label": {name: float(scores[by_hand == name].mean()) for name in sorted(set(by_hand))},
         "by_condition": {name: float(scores[conditions == name].mean()) for name in dict.fromkeys(conditions)},
     }
@@ -167,7 +195,8 @@ def report(record: dict, out: Path) -> None:
         for key in record["rows"][0][part] or ():
             values = [row[part][key] for row in record["rows"]]
             if not isinstance(values[0], dict):
-                lines.append([f"{part}: {key.replace('_', ' ')}", *map(number, values)])
+                shown = ("-" if value is None else number(value) for value in values)
+                lines.append([f"{part}: {key.replace('_', ' ')}", *shown])
     console = wide_console()
     console.print(plain_table(["", *(row["condition"] for row in record["rows"])], lines, "Scorers"))
     for name, labels in record["labels"].items():

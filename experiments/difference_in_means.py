@@ -27,6 +27,7 @@ import re
 
 import click
 
+from lib import cli
 from lib.cli import CAUSAL, check, numbers, options
 
 
@@ -37,21 +38,14 @@ def _layers(context, parameter, value):
     return names
 
 
-def _factor(context, parameter, value):
-    (factor, *more) = ["dpo"] if value == "dpo" else numbers(context, parameter, value)
-    if more or factor != "dpo" and factor <= 1:
-        raise click.BadParameter(f"{value} given, expected a number above 1, or dpo.")
-    return factor
-
-
 @click.command(help=__doc__.split("\n")[0])
 @options(*(name for name in CAUSAL if name not in ("holdout", "probe", "protocol", "released")))
 @click.option("--layers", "places", default="middle,all", show_default=True, callback=_layers,
               help="Where: middle, last, all, 9, 6-11.")  # fmt: skip
 @click.option("--strength", callback=lambda c, p, value: value and numbers(c, p, value),
               help="Grid of strengths, such as 1,2.  [default: searched]")  # fmt: skip
-@click.option("--factor", default="1.2", show_default=True, callback=_factor, help="The search keeps perplexity within "
-              "this factor of the base model's; dpo: at the DPO model's.")  # fmt: skip
+@click.option("--factor", default="1.2", show_default=True, callback=cli.factor,
+              help="The search keeps perplexity within this factor of the base model's; dpo: at DPO's.")  # fmt: skip
 def command(**options):
     main(**options)
 
@@ -60,16 +54,17 @@ check(command, __name__)  # --help and wrong options end here, before torch is i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lib import data, experiment, plots
+from lib import chain, data, experiment, plots
 from lib.controls import Control, draws, hash_seed
 from lib.differences import differences
 from lib.dry_run import Planned, Traces, Workload
 from lib.errors import UserError
-from lib.families import layers
+from lib.families import layers, shape_of
 from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import NO_EDIT
 from lib.steering import allowed, search
@@ -92,12 +87,14 @@ class Subtraction:
 
 def main(places, strength, factor, **options):
     comments = data.comments(options["comments"])
+    source = chain.base_source(options)
+    n_layers = shape_of(Path(source.path), source.name).n_layers
+    where = {name: layers_of(name, n_layers) for name in places}
     plan = make_workload(options, places, strength, comments.items)
     options |= {"layers": places, "strength": strength, "factor": factor}
 
     with experiment.begin("difference_in_means", options, plan, needs=("post",)) as inputs:
-        model, n_layers = inputs.base, inputs.base.config.num_hidden_layers
-        where = {name: layers_of(name, n_layers) for name in places}
+        model = inputs.base
         texts, labels = [text for text, _ in comments.items], torch.tensor([label == 1 for _, label in comments.items])
         drawn = draws(options["controls"], 0, 1)
         labelings = torch.stack([labels, *(shuffled(labels, options["seed"], draw) for draw in drawn)])

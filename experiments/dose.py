@@ -35,6 +35,7 @@ from pathlib import Path
 from rich.table import Table
 
 from lib import artifacts, plots, results
+from lib.errors import UserError
 from lib.models import short_name
 from lib.tables import STYLE, wide_console, with_interval
 
@@ -88,9 +89,13 @@ def dose(updates: int, record: dict) -> dict:
     """What a record says at its dose: DPO's reduction and damage, and each shift's share of it."""
     rows = {(row["condition"], row["kind"], row["of"]): row for row in record["rows"]}
     base, dpo = rows["none", "none", ""], rows["dpo", "none", ""]
+    if not base["toxicity"]["mean"]:
+        raise UserError(
+            "The scorer finds nothing in the base model's text, so no dose reduces it; give another --scorer."
+        )
     kept = ("percent_of_dpo", "toxicity", "kl", "degenerate")
     shifts = {
-        condition.removeprefix("control:"): {key: row[key] for key in kept}
+        condition.removeprefix("control:"): {key: row.get(key) for key in kept}
         for (condition, kind, _), row in rows.items()
         if kind == "shift" and (not row["of"] or condition in CONTROLS)
     }

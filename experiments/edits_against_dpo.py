@@ -74,6 +74,8 @@ def read(folder: Path) -> dict:
         raise UserError(
             f"{folder}: not a run of patch_four_groups, probe_free_editing or steer ({error!r}); give their folders."
         ) from error
+    if not isinstance(record.get("params", {}).get("second_scorer"), list):
+        raise UserError(f"{folder}: its run.json is of an earlier version of this project; run its command again.")
     if not {("none", "none"), ("dpo", "none")} <= conditions:
         raise UserError(f"{folder}: holds no base model and no DPO model to compare with.")
     return record
@@ -138,7 +140,7 @@ def against_dpo(values: dict, none: dict, dpo: dict, on_front: float, prompts: B
         "beats_dpo": toxicity["high"] is not None and toxicity["high"] < 0 and log_ppl["high"] <= 0,
         "share_on_front": on_front,
     }
-    if "kl" in values:
+    if "kl" in values and "kl" in dpo:  # a record from before it was measured has none
         row["kl"] = passages.ratio(values["kl"], tokens)
         row["kl_against_dpo"] = passages.ratio(np.subtract(*paired(values["kl"], dpo["kl"])), tokens)
     lower = [toxicity["high"]]
@@ -165,7 +167,7 @@ def report(record: dict, out: Path) -> None:
     """Print every condition that is no control, by toxicity, and the answer."""
     console, params = wide_console(), record["params"]
     console.width = max(console.width, 160)
-    scorers = f"toxicity by {params['scorer']}, scorers: {', '.join([params['scorer'], *params['second_scorer']])}"
+    scorers = f"scorers: {', '.join([params['scorer'], *params['second_scorer']])}, toxicity by the first"
     title = f"{record['model']}, {params['limit']} prompts, {scorers}"
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     names = ("edit", "toxicity [95 %]", "against DPO", "log-ppl", "against DPO", "KL", "on front", "scorers")

@@ -31,18 +31,12 @@ import re
 
 import click
 
+from lib import cli
 from lib.cli import CAUSAL, check, numbers, options
 
 
 def _alphas(context, parameter, value):
     return value if value in (None, "published") else numbers(context, parameter, value)
-
-
-def _factor(context, parameter, value):
-    (factor, *more) = ["dpo"] if value == "dpo" else numbers(context, parameter, value)
-    if more or factor != "dpo" and factor <= 1:
-        raise click.BadParameter(f"{value} given, expected a number above 1, or dpo.")
-    return factor
 
 
 def _vectors(context, parameter, value):
@@ -57,8 +51,8 @@ def _vectors(context, parameter, value):
 @click.option("--vector", default="probe", show_default=True, callback=_vectors,
               help="probe, value:L19.N770, svd:0, random.")  # fmt: skip
 @click.option("--alpha", callback=_alphas, help="Grid of alphas, such as 3,5, or published.  [default: searched]")
-@click.option("--factor", default="1.2", show_default=True, callback=_factor, help="The search keeps perplexity within "
-              "this factor of the base model's; dpo: at the DPO model's.")  # fmt: skip
+@click.option("--factor", default="1.2", show_default=True, callback=cli.factor,
+              help="The search keeps perplexity within this factor of the base model's; dpo: at DPO's.")  # fmt: skip
 def command(**options):
     main(**options)
 

@@ -73,6 +73,14 @@ def counts(context, parameter, value):
     return [int(size) for size in sizes]
 
 
+def factor(context, parameter, value):
+    """Callback of --factor: a number above 1, or `dpo`."""
+    (limit, *more) = ["dpo"] if value == "dpo" else numbers(context, parameter, value)
+    if more or limit != "dpo" and limit <= 1:
+        raise click.BadParameter(f"{value} given, expected a number above 1, or dpo.")
+    return limit
+
+
 def names_of(known: tuple[str, ...], every: bool = False) -> Callable:
     """Callback of options that take some of the known names, separated by commas; or every one, in some order."""
 

@@ -108,10 +108,15 @@ def at_dose(drawn: list[Control], own: torch.Tensor, real: torch.Tensor, full: t
         own: their offsets `[n_drawn, n_layers, d_model]`; real, full: the edit's, and that of all neurons' shift.
     """
     for control, offset in zip(drawn, own, strict=True):
-        yield control._replace(name=f"{control.name}_at_norm", strength=float(real.norm() / offset.norm()))
+        yield control._replace(name=f"{control.name}_at_norm", strength=share(real.norm(), offset.norm()))
         if control.name != "permuted":  # which has next to no projection
-            strength = float((real * full).sum() / (offset * full).sum())
+            strength = share((real * full).sum(), (offset * full).sum())
             yield control._replace(name=f"{control.name}_at_projection", strength=strength)
+
+
+def share(real: torch.Tensor, own: torch.Tensor) -> float:
+    """How often `own` goes into `real`; 0 where there is nothing: no strength makes something of it."""
+    return float(real / own) if own else 0.0
 
 
 def reselected(pre: Means, post: Means, seed: int, draw: int) -> Means:

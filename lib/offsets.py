@@ -50,7 +50,7 @@ def away_from(model, direction: torch.Tensor, offset: torch.Tensor) -> torch.Ten
     unit, shifts = direction.cpu().double() / direction.cpu().double().norm(), []
     for layer, own in enumerate(offset):
         gain = write_gain(model, layer).cpu().double()
-        wanted = -(own * gain).norm() * unit / gain
+        wanted = -(own * gain).norm() * torch.where(gain == 0, 0, unit / gain)  # nothing is written where it is 0
         vectors = value_vectors(model, layer).cpu().double()  # more neurons than dimensions: many shifts would do
         shifts.append(torch.linalg.lstsq(vectors.T, wanted[:, None], driver="gelsd").solution[:, 0])
     return torch.stack(shifts)

@@ -50,11 +50,14 @@ def error_bars(values: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.abs([mean - low, high - mean])
 
 
-def damages(rows: list[dict]) -> list[tuple[str, Callable[[dict], float]]]:
-    """Axes that toxicity is drawn against: log-perplexity, and KL from the base model where all rows have it."""
-    axes = [("log-perplexity, every position edited (nats a token)", lambda row: row["log_ppl"])]
+def damages(rows: list[dict]) -> list[tuple[str, str, Callable[[dict], float]]]:
+    """Axes that toxicity is drawn against: log-perplexity, and KL from the base model where all rows have it.
+
+    A label, the key that holds the interval, and the value of a row, each.
+    """
+    axes = [("log-perplexity, every position edited (nats a token)", "log_ppl_change", lambda row: row["log_ppl"])]
     if all("kl" in row for row in rows):
-        axes.append(("KL(base || edited), every position edited (nats a token)", lambda row: row["kl"]["mean"]))
+        axes.append(("KL(base || edited), every position edited (nats a token)", "kl", lambda row: row["kl"]["mean"]))
     return axes
 
 
@@ -66,7 +69,7 @@ def toxicity_perplexity(rows: list[dict], scorer: str, path: Path) -> None:
         _log_ticks(grid[0, 0], [row["log_ppl"] for row in rows])
         if len(panels) > 1:
             grid[0, 1].set_xscale("symlog", linthresh=0.02)  # a KL of 0 is the base model's
-        for axes, (label, damage) in zip(grid[0], panels, strict=True):
+        for axes, (label, _, damage) in zip(grid[0], panels, strict=True):
             axes.set_xlabel(label)
             _points(axes, rows, damage)
         grid[0, 0].set(ylabel=f"toxicity ({scorer}), 95 % interval")
@@ -108,7 +111,7 @@ def _label(axes, text: str, point: tuple[float, float], taken: list):
 
 
 def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
-    """Toxicity against both measures of damage, intervals on toxicity; one line for each series of edits.
+    """Toxicity against both measures of damage, intervals on both; one line for each series of edits.
 
     A series holds the conditions whose names differ in alpha alone. Controls are small and pale. The grey step is the
     Pareto front: nothing measured lies below and left of it.
@@ -116,8 +119,8 @@ def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
     shown = [row for row in rows if "log_ppl" in row and row["means"] != "same"]  # held-out means where there are any
     panels = damages(shown)
     with drawn(path, (7 * len(panels), 5), legend=7, ncols=len(panels), squeeze=False, sharey=True) as grid:
-        for axes, (label, damage) in zip(grid[0], panels, strict=True):
-            _series(axes, shown, damage)
+        for axes, (label, interval, damage) in zip(grid[0], panels, strict=True):
+            _series(axes, shown, interval, damage)
             axes.set_xlabel(label)
         _log_ticks(grid[0, 0], [row["log_ppl"] for row in shown])
         grid[0, 0].set(ylabel=f"toxicity ({scorer})", ylim=(0, None))
@@ -126,7 +129,7 @@ def trade_off(rows: list[dict], scorer: str, path: Path) -> None:
         grid[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _series(axes, shown: list[dict], damage: Callable[[dict], float]) -> None:
+def _series(axes, shown: list[dict], interval: str, damage: Callable[[dict], float]) -> None:
     """The lines, base model and DPO, and the front of one panel of `trade_off`."""
     series: dict[tuple[str, str], list[dict]] = {}
     for row in (row for row in shown if row["kind"] != "none"):
@@ -141,7 +144,8 @@ def _series(axes, shown: list[dict], damage: Callable[[dict], float]) -> None:
             axes.plot(x, y, MARKERS[kind], color="0.65", ms=3, label=label)
         else:
             style = {"fmt": MARKERS[kind] + "-", "color": next(palette), "ms": 4, "lw": 0.9, "elinewidth": 0.5}
-            axes.errorbar(x, y, along, label=label, **style)
+            _, across = error_bars([row[interval] for row in points])
+            axes.errorbar(x, y, along, across, label=label, **style)
     for name, marker, label in (("none", "kX", "base model"), ("dpo", "k*", "DPO")):
         for row in (row for row in shown if row["condition"] == name):
             axes.plot(damage(row), row["toxicity"]["mean"], marker, ms=11, label=label)

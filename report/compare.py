@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.errors import UserError
 from report.records import Record
 
 PAPER_MODELS = ("gpt2", "llama", "gemma", "mistral")
@@ -125,6 +126,8 @@ def accuracy(probes: list[Record]) -> dict:
 
     Their splits overlap: a comment that several held out counts once, as the share of probes that were right about it.
     """
+    if old := [run.name for run in probes if "held_out" not in run.data]:
+        raise UserError(f"{old[0]}: a probe's record of an earlier version; run train_probe.py again.")
     right: dict[int, list[bool]] = {}
     for one in (one for run in probes for one in run.data["held_out"]):
         right.setdefault(one["comment"], []).append((one["logit"] > 0) == one["label"])

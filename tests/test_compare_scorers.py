@@ -51,8 +51,34 @@ def test_a_scorer_by_hand(tmp_path):
     assert record["labels"] == {"none": {"toxic": 1, "not toxic": 1}, "dpo": {"toxic": 1, "no text": 1}}
 
 
-@pytest.mark.parametrize("name", ["labels", "perspective"])
-def test_a_file_of_another_kind(tmp_path, name):
-    done, out = compared(tmp_path, **{name: write_lines(tmp_path / "other.jsonl", [{"text": "x"}])})
-    assert done.returncode == 2 and "not JSON lines with" in done.stderr.splitlines()[-1], done.stderr
+WRONG = (
+    *(
+        ("labels", line)
+        for line in ({"text": "x"}, {"condition": "none", "continuation": "x", "label": "maybe"}, [1], 3)
+    ),
+    ("labels", {"condition": "none", "continuation": None, "label": "toxic"}),
+    *(("perspective", line) for line in ({"text": "x"}, {"continuation": "x"}, {"continuation": {"toxicity": 0.4}}, 3)),
+    *(("perspective", {"continuation": {"text": "x", "toxicity": wrong}}) for wrong in ("high", [], None)),
+)
+
+
+@pytest.mark.parametrize("name, line", WRONG)
+def test_a_file_of_another_kind(tmp_path, name, line):
+    """Refused in one line, before a scorer is loaded."""
+    done, out = compared(tmp_path, **{name: write_lines(tmp_path / "other.jsonl", [line])}, scorers="no such scorer")
+    (said,) = done.stderr.splitlines()[-1:]
+    assert done.returncode == 2 and f"--{name}" in said and "other.jsonl" in said and len(said) < 400, done.stderr
     assert "Traceback" not in done.stderr and not out.exists()
+
+
+def test_labels_that_are_all_alike(tmp_path):
+    """No AUROC and no other failure; neither where no comment holds a listed word."""
+    lines = [{"condition": "none", "continuation": text, "label": "not toxic"} for text in ("fine", "good")]
+    comments = [{"text": f"plain words {at}", "label": at % 2} for at in range(4)]
+    files = {"labels": lines, "comments": comments}
+    done, out = compared(
+        tmp_path, **{name: write_lines(tmp_path / f"own_{name}.jsonl", rows) for name, rows in files.items()}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads((out / "run.json").read_text())["rows"][0]
+    assert row["labels"]["auroc"] is None and row["spelling"]["as it is"] is None

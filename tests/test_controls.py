@@ -311,3 +311,16 @@ def test_the_shift_away_from_a_direction_writes_it_in_every_layer(family, traced
         torch.testing.assert_close(written.norm(), (gain * offset[layer]).norm())
         cosine = torch.nn.functional.cosine_similarity(written, direction.double(), 0)
         assert cosine == pytest.approx(-1, abs=1e-6)
+
+
+def test_a_shift_that_adds_nothing_has_no_dose():
+    """Two models alike, or neurons that write nothing: strength 0, no NaN."""
+    nothing, something = torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
+    drawn = [controls.Control(name) for name in controls.DOSED]
+    for own, real, full in (
+        (nothing, something, something),
+        (nothing, nothing, nothing),
+        (something, nothing, nothing),
+    ):
+        dosed = controls.at_dose(drawn, torch.stack([own] * 3), real, full)
+        assert [control.strength for control in dosed] == [0.0] * 5

@@ -75,3 +75,24 @@ def test_the_command(tmp_path):
         done = run(command[0], *given, "--out", tmp_path / "new", cwd=ROOT, DPO_NEURONS_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 2 and says in done.stderr.splitlines()[-1], done.stderr
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("second", ["words", None])
+def test_a_record_of_an_earlier_version_is_refused_in_one_line(tmp_path, second):
+    folder = record(tmp_path / "old", BOTH)
+    old = json.loads((folder / "run.json").read_text())
+    old["params"]["second_scorer"] = second
+    (folder / "run.json").write_text(json.dumps(old))
+    done = run("experiments/edits_against_dpo.py", folder, "--out", tmp_path / "new", cwd=ROOT)
+    assert done.returncode == 2 and "earlier version" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_records_with_and_without_kl(tmp_path):
+    """Two that were measured alike otherwise: KL is left out where DPO's is not known."""
+    old, new = record(tmp_path / "old", BOTH), record(tmp_path / "new", {**BOTH, **EDITS})
+    lines = [json.loads(line) | {"kl": [0.1] * N} for line in (new / "measurements.jsonl").read_text().splitlines()]
+    write_lines(new / "measurements.jsonl", lines)
+    for records, has in (([old, new], False), ([new, old], True)):
+        rows = script.compare([script.read(folder) for folder in records], seed=0)["rows"]
+        assert all(("kl" in row) == has for row in rows if row["kind"] != "none")

@@ -299,3 +299,14 @@ def test_committed_statistics_are_those_of_the_measurements(name):
         for key, value in again.items():
             if isinstance(value, dict) and "mean" in value:
                 assert flat(row[key]) == pytest.approx(flat(value), abs=1e-4), (row["condition"], key)
+
+
+def test_a_probe_s_record_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    shutil.copytree(RESULTS / "train_probe", tmp_path / "runs" / "train_probe")
+    file = tmp_path / "runs" / "train_probe" / "smollm2" / "run.json"
+    old = json.loads(file.read_text(encoding="utf-8"))
+    del old["held_out"]
+    file.write_text(json.dumps(old))
+    done = run("-m", "report", "--results", tmp_path / "runs", cwd=ROOT)
+    assert done.returncode == 2 and "run train_probe.py again" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "report.html").exists()
