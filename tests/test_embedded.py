@@ -6,7 +6,10 @@ import os
 import pytest
 from conftest import ROOT, run, texts, write_lines
 
-ENOUGH = {"comments": 200, "pairs": 8}  # of the embedded ones, so that the chain stays within minutes
+ENOUGH = {
+    "comments": 200,
+    "pairs": 8,
+}  # of the embedded ones: the chain stays within minutes, and only a strong dose shows
 
 
 @pytest.mark.embedded
@@ -17,13 +20,22 @@ def test_the_whole_chain(tmp_path):
         file = write_lines(tmp_path / f"{name}.jsonl", [json.loads(line) for line in lines[name][:count]])
         files += [f"--{name}", file]
     cache = os.environ.get("DPO_NEURONS_CACHE", str(tmp_path / "cache"))
-    arguments = ["experiments/patch_four_groups.py", "--limit", 8, *files, "--out", tmp_path / "out"]
+    arguments = [
+        "experiments/patch_four_groups.py",
+        "--preset",
+        "strong",
+        "--limit",
+        8,
+        *files,
+        "--out",
+        tmp_path / "out",
+    ]
     threads = str(os.cpu_count())  # a real model has use for them
     done = run(*arguments, cwd=ROOT, timeout=1500, DPO_NEURONS_CACHE=cache, OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     rows = {(row["condition"], row["kind"]): row for row in record["rows"]}
-    assert len(rows) == 14
+    assert len(rows) == 19
     assert 2.5 < rows["none", "none"]["log_ppl"] < 4.5, "a real language model reads encyclopedic text"
     assert rows["dpo", "none"]["toxicity"]["mean"] < rows["none", "none"]["toxicity"]["mean"]
     assert rows["none", "none"]["published"]["toxicity"] == 0.488, "Gemma-2-2B stands beside it"
