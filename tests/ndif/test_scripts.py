@@ -39,8 +39,9 @@ def test_a_script(twice, hub_root, adapter, probe, out, script):
     options += ["--probe", probe] if script != "logit_lens" else ["--tokens", ",".join(single_tokens(hub_root))]
     options += ["--post", f"lora:{adapter}"] if script != "toxic_vectors" else []
     options += ["--variants", f"lora:{adapter}"] if script == "robust_alignment" else []
-    # Here the adapter is merged, which rounds otherwise than adding it: too much for shares of small rises.
-    said = twice(script, out, *options, here=("--remote", "local") if script == "logit_lens" else ())
+    # Here the adapter is merged, which rounds otherwise than adding it: too much for shares and sums of small rises.
+    added = ("--remote", "local") if script in ("logit_lens", "opposing_effects") else ()
+    said = twice(script, out, *options, here=added)
     here, there = record(out / "here"), record(out / "remote")
     compare(here, there)
     for name in ("generations.jsonl", "measurements.jsonl", "vectors.jsonl", "lens.jsonl"):
