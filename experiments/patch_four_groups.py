@@ -28,13 +28,13 @@ activations.safetensors and means_after_dpo.safetensors (for --post means:FILE) 
 
 import click
 
-from lib.cli import CAUSAL, check, names_of, numbers, options
+from lib.cli import CAUSAL, EXPORT, check, names_of, numbers, options
 
 ORDER = ("TP", "AN", "TN", "AP")  # the order in which Yang table 2 adds them
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*CAUSAL)
+@options(*CAUSAL, *EXPORT)
 @click.option("--order", default=",".join(ORDER), show_default=True, callback=names_of(ORDER, every=True),
               help="Add the groups so.")  # fmt: skip
 @click.option("--strengths", default="1", callback=numbers, help="How far from before to after DPO.  [default: 1]")
@@ -49,13 +49,14 @@ from functools import partial
 
 import torch
 
-from lib import controls, experiment, interventions, neurons, plots, tables
+from lib import controls, experiment, export, interventions, neurons, plots, tables
 from lib.dry_run import Planned, Workload, controls_of, for_each_seed, n_draws
 from lib.errors import UserError
 from lib.families import mlp_out
 from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import edited
 from lib.paper import published_row
+from lib.protocol import chosen_protocol
 from lib.table import Table
 
 TOP_N = 256  # Yang section 4
@@ -82,10 +83,13 @@ def main(order, strengths, sets, **options):
     planned += [Planned("shift", control=True)] * len(set(LARGEST) & {*sets} - {tested}) * n_draws(options)
     undone = [] if (options["post"] or "").startswith("means:") else ["shift"]
     plan = Workload(for_each_seed(options, [kind for _, kind, _ in edits] + undone, planned))
+    exportable = [(labelled(name, strength), kind) for name, kind, strength in edits]
+    exportable += [(f"dpo - {tested}", kind) for kind in undone]
+    wanted = export.asked(options, exportable, chosen_protocol(options))
     options |= {"order": order, "strengths": strengths, "sets": sets}
 
     with experiment.begin("patch_four_groups", options, plan, means_suffice=True) as inputs:
-        table = Table(inputs, generate, likelihood)
+        table = Table(inputs, generate, likelihood, wanted)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
         for run in inputs.runs():  # one for each seed; with --holdout one for each choice of means
@@ -94,8 +98,7 @@ def main(order, strengths, sets, **options):
             attribution = inputs.attribute(run)
             plans = make_plans(attribution, order)
             for name, kind, strength in edits:
-                label = name if strength == 1 else f"{name} x{strength:g}"
-                table.add(label, kind, plans[name, kind].edit(strength), run=run)
+                table.add(labelled(name, strength), kind, plans[name, kind].edit(strength), run=run)
             if run.post:
                 back = interventions.shift(plans[tested, "shift"].mask, attribution.post, attribution.pre).edit()
                 table.add(f"dpo - {tested}", "shift", back, run=run, model=run.post, source=run.post_source)
@@ -127,6 +130,11 @@ def names(order: tuple[str, ...]) -> list[str]:
     """The sets of neurons that are patched, in the order of the table."""
     added = ("+".join(order[:n]) for n in range(1, len(order)))
     return ["top256", *added, "four_groups", "increasing", "all", *LARGEST]
+
+
+def labelled(name: str, strength: float) -> str:
+    """`four_groups`, or `all x0.5` for a strength other than 1."""
+    return name if strength == 1 else f"{name} x{strength:g}"
 
 
 def make_plans(attribution: neurons.Attribution, order: tuple[str, ...]) -> dict:

@@ -25,11 +25,11 @@ Writes run.json, generations.jsonl (RAW TEXT), measurements.jsonl and figures/ t
 
 import click
 
-from lib.cli import CAUSAL, check, names_of, numbers, options
+from lib.cli import CAUSAL, EXPORT, check, names_of, numbers, options
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*CAUSAL)
+@options(*CAUSAL, *EXPORT)
 @click.option("--representation", default="tokens", show_default=True, callback=names_of(("tokens", "probe")))
 @click.option("--order", type=click.Choice(["cosine", "activation"]), default="cosine", show_default=True)
 @click.option("--alpha", default="0.01,0.3", show_default=True, callback=numbers, help="Grid of alphas.")
@@ -48,7 +48,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
-from lib import controls, experiment, interventions, neurons, paper, plots, vectors
+from lib import controls, experiment, export, interventions, neurons, paper, plots, vectors
 from lib.dry_run import Planned, Workload, controls_of
 from lib.errors import UserError
 from lib.families import mlp_out
@@ -74,11 +74,13 @@ def main(representation, order, alpha, beta, kinds, positions, toxic_words, plai
     # No seed enters the words' direction (nor means that are not sampled): a later one brings draws of controls alone.
     seeded = [name for name in representation if name == "probe" or protocol.means_over != "generated"]
     planned = plan_conditions(options, representation, seeded, kinds, alpha, beta)
+    exportable = [(label(name, order, a, b), kind) for name, kind, a, b in product(representation, kinds, alpha, beta)]
+    wanted = export.asked(options, exportable, protocol)
     options |= {"representation": representation, "order": order, "alpha": alpha, "beta": beta, "kinds": kinds}
     options |= {"positions": protocol.edit_positions, "words": words}
 
     with experiment.begin("probe_free_editing", options, planned, needs=needs, protocol=protocol) as inputs:
-        table = Table(inputs, generate, likelihood)
+        table = Table(inputs, generate, likelihood, wanted)
         table.add("none")
         norms, contrast = inputs.at_weights(controls.value_norms), None
         if "tokens" in representation:

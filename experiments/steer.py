@@ -32,7 +32,7 @@ import re
 import click
 
 from lib import cli
-from lib.cli import CAUSAL, check, numbers, options
+from lib.cli import CAUSAL, EXPORT, check, numbers, options
 
 
 def _alphas(context, parameter, value):
@@ -47,7 +47,7 @@ def _vectors(context, parameter, value):
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*(name for name in CAUSAL if name != "holdout"))  # no vector depends on means
+@options(*(name for name in CAUSAL if name != "holdout"), *EXPORT)  # no vector depends on means
 @click.option("--vector", default="probe", show_default=True, callback=_vectors,
               help="probe, value:L19.N770, svd:0, random.")  # fmt: skip
 @click.option("--alpha", callback=_alphas, help="Grid of alphas, such as 3,5, or published.  [default: searched]")
@@ -64,17 +64,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lib import dry_run, experiment, paper, plots, tables, vectors
+import torch
+
+from lib import dry_run, experiment, export, paper, plots, tables, vectors
 from lib.controls import Control
 from lib.dry_run import Planned, Traces, Workload
 from lib.families import input_device, layers
 from lib.generation import NEW_TOKENS, batches, greedy, token_losses
 from lib.interventions import NO_EDIT
+from lib.protocol import chosen_protocol
 from lib.remote import session
 from lib.steering import allowed, continuations, search
 from lib.table import Table
 
 EXAMPLES = ("So I'm starting to think she's full of", "You are such a piece of", "Holy")  # Lee table 3
+SEARCHED = {"alpha*": 1, "alpha*/2": 0.5, "alpha*x2": 2}  # of the alpha that the search finds
 FIRST = 0.05  # of the residual stream's length, where the search starts
 
 
@@ -86,13 +90,25 @@ class Steering:
     at: str
     kind: str = "steer"
 
+    def added(self, n_layers: int) -> torch.Tensor:
+        """What is added to each layer's output, or its MLP's, `[n_layers, d_model]`."""
+        constants = torch.zeros(n_layers, len(self.vector))
+        constants[-1] = -self.vector
+        return constants
+
 
 def main(vector, alpha, factor, **options):
     given = {name: paper.steering_scales(options["model"], name) if alpha == "published" else alpha for name in vector}
+    exportable = [
+        (f"{labelled(name)} {which}", "steer")
+        for name, alphas in given.items()
+        for which in (SEARCHED if alphas is None else map("a={:g}".format, alphas))
+    ]
+    wanted = export.asked(options, exportable, chosen_protocol(options))
     options |= {"vector": vector, "alpha": alpha, "factor": factor}
 
     with experiment.begin("steer", options, make_workload(options, given)) as inputs:
-        table = Table(inputs, generate, likelihood)
+        table = Table(inputs, generate, likelihood, wanted)
         table.add("none")
         length, shown = residual_length(inputs), {"none": (inputs.base, NO_EDIT)}
         entries = {"searched_alpha": {name: {} for name in vector}, "vector_lengths": {}}  # of the record
@@ -106,10 +122,10 @@ def main(vector, alpha, factor, **options):
                 if alpha is None:
                     best = search(table, f"{name}_{run.seed}", edit_of, limit, start=FIRST * length / size)
                     entries["searched_alpha"][name][str(run.seed)] = best
-                    alphas = {"alpha*": best, "alpha*/2": best / 2, "alpha*x2": best * 2}
+                    alphas = {which: times * best for which, times in SEARCHED.items()}
                 else:
                     alphas = {f"a={value:g}": value for value in given[name]}
-                label = "steer" if name == "probe" else f"steer {name}"
+                label = labelled(name)
                 for which, value in alphas.items():
                     table.add(f"{label} {which}", "steer", edit_of(value), run=run)
                 (which, value), *_ = alphas.items()
@@ -144,6 +160,11 @@ def make_workload(options: dict, given: dict[str, list[float] | None]) -> Worklo
     tokens = Traces("read", models=len(given) + 2, texts=EXAMPLES, one_batch=True, once=True)
     traces = [length, tokens, tokens._replace(what="generate")]
     return Workload(conditions, means=False, traces=traces, uncounted="the search for alpha" * (None in given.values()))
+
+
+def labelled(name: str) -> str:
+    """`steer` for the probe, `steer svd:0`."""
+    return "steer" if name == "probe" else f"steer {name}"
 
 
 def steering(inputs, probe, alpha: float) -> Steering:

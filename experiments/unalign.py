@@ -24,11 +24,11 @@ Needs a probe and a DPO checkpoint, made when missing or given (--probe, --post)
 
 import click
 
-from lib.cli import CAUSAL, check, counts, numbers, options
+from lib.cli import CAUSAL, EXPORT, check, counts, numbers, options
 
 
 @click.command(help=__doc__.split("\n")[0])
-@options(*(name for name in CAUSAL if name != "holdout"))  # no edit here depends on a mean
+@options(*(name for name in CAUSAL if name != "holdout"), *EXPORT)  # no edit here depends on a mean
 @click.option("--top", default="7", show_default=True, callback=counts, help="How many neurons; several for a sweep.")
 @click.option("--factor", default="10", show_default=True, callback=numbers, help="Factors; several for a sweep.")
 def command(**options):
@@ -43,12 +43,13 @@ from itertools import product
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib import chain, controls, experiment, neurons, paper, plots, tables
+from lib import chain, controls, experiment, export, neurons, paper, plots, tables
 from lib.controls import Control
 from lib.dry_run import Planned, Workload, directions, for_each_seed, n_draws
 from lib.families import key, mlp_out
 from lib.generation import NEW_TOKENS, greedy, token_losses
 from lib.interventions import Edit, scaled_by
+from lib.protocol import chosen_protocol
 from lib.table import Table
 
 KINDS = ("keys", "keys and bias", "values")
@@ -56,11 +57,14 @@ KINDS = ("keys", "keys and bias", "values")
 
 def main(top, factor, **options):
     plan = Workload(plan_conditions(options, top, factor))
+    kinds = kinds_of(empty_model(options)) if options["export"] else ()
+    exportable = [(label(*edit), kind) for edit in product(top, factor) for kind in kinds]
+    wanted = export.asked(options, exportable, chosen_protocol(options))
     options |= {"top": top, "factor": factor}
     tested = label(top[0], factor[0])
 
     with experiment.begin("unalign", options, plan) as inputs:
-        table = Table(inputs, generate, likelihood)
+        table = Table(inputs, generate, likelihood, wanted)
         table.add("none")
         norms = inputs.at_weights(controls.value_norms)
         for run in inputs.runs():  # one for each seed
@@ -91,13 +95,18 @@ def main(top, factor, **options):
 
 def plan_conditions(options: dict, top: list[int], factor: list[float]) -> Iterator[list[Planned]]:
     """What `main` will measure with each seed. A generator: --dry-run alone reads it, after the model was checked."""
-    config = AutoConfig.from_pretrained(chain.base_source(options).path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(options)
     drawn = ["random", "random_in_layer", "matched", *directions(options)] * n_draws(options)
     names = ["factor_1", *drawn, "in_base_model"] if options["controls"] != "none" else []
     edits = kinds_of(model) * len(top) * len(factor)
     yield from for_each_seed(options, edits, [Planned("keys", control=True)] * len(names))
+
+
+def empty_model(options: dict):
+    """The base model without its weights."""
+    config = AutoConfig.from_pretrained(chain.base_source(options).path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def label(count: int, factor: float) -> str:

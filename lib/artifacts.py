@@ -161,14 +161,14 @@ def resolved(path: Path) -> Path:
     return place
 
 
-def check_place(path: Path) -> None:
-    """Raise UserError unless a file or folder can be made there."""
+def check_place(path: Path, given: str = "--out") -> None:
+    """Raise UserError unless a file or folder can be made there. given: names the option in the message."""
     parent = next(parent for parent in path.parents if parent.exists())
     try:  # to ask is not enough: permissions do not tell of read-only and virtual file systems
         tempfile.TemporaryDirectory(dir=parent, prefix=".dpo-neurons-").cleanup()
     except OSError as error:
         raise UserError(
-            f"--out {path}: {parent} cannot be written ({error.strerror}); choose another place."
+            f"{given} {path}: {parent} cannot be written ({error.strerror}); choose another place."
         ) from error
 
 

@@ -214,7 +214,7 @@ def settings(
     """
     texts_and_models = {"model", "revision", "device", "prompts", "passages", "comments", "pairs", "limit"}
     own = texts_and_models | {"preset", "updates", "probe", "post"}
-    screen = {"out", "overwrite", "dry_run", "raw_text", "verbose", "remote_timeout"}
+    screen = {"out", "overwrite", "dry_run", "raw_text", "verbose", "remote_timeout", "export", "export_condition"}
     chosen = {key: value for key, value in options.items() if key not in own | screen}
     hashes = {name: dataset.sha256 for name, dataset in texts.items()}
     counts = {f"n_{name}": len(dataset.items) for name, dataset in texts.items()}

@@ -195,6 +195,14 @@ OPTIONS = {
     "out": click.option(
         "--out", type=click.Path(file_okay=False), help="Folder to write.  [default: runs/<script>/<model>]"
     ),
+    "export": click.option(
+        "--export",
+        help="Write the edit of --export-condition into weights: a folder, for an ordinary checkpoint; FILE.gguf or "
+        "FILE.safetensors, for one vector a layer.",
+    ),
+    "export-condition": click.option(
+        "--export-condition", help='Name and kind of a condition, such as "four_groups, shift".'
+    ),
     "protocol": click.option(
         "--protocol",
         type=click.Choice(["sound", "faithful"]),
@@ -253,6 +261,7 @@ INPUTS = ("model", "revision", "device", "dtype", "seed", "seeds", "batch-size-o
 ARTIFACTS = ("comments", "pairs", "preset", "updates", "probe", "post")
 MEASURES = ("scorer", "second-scorer", "controls", "holdout", "protocol", "released", "remote", *REMOTE[1:])
 OUTPUTS = ("out", "overwrite", "dry-run", "raw-text")
+EXPORT = ("export", "export-condition")  # of scripts whose edits are changes of weights
 CAUSAL = (*INPUTS, *ARTIFACTS, *MEASURES, *OUTPUTS)  # of every script that makes a causal claim
 EFFECTS = {"passages", "scorer", "second-scorer", "controls", "holdout", "raw-text"}
 LOOKING = tuple(name for name in CAUSAL if name not in EFFECTS)  # of every script that edits nothing

@@ -21,8 +21,10 @@ from lib import (
     artifacts,
     checkpoints,
     evaluation,
+    export,
     generation,
     metrics,
+    model_card,
     models,
     released,
     remote,
@@ -75,14 +77,16 @@ class Subject(NamedTuple):
 class Table:
     """The conditions of a run."""
 
-    def __init__(self, inputs: Inputs, generate: Callable, likelihood: Callable):
+    def __init__(self, inputs: Inputs, generate: Callable, likelihood: Callable, wanted: export.Export | None = None):
         """The script's two traces.
 
         Args:
             generate: `(model, batch, edit, where) -> ids [batch, NEW_TOKENS]`.
             likelihood: `(model, batch, edit, where, base) -> [2, batch]`, nats: `lib.generation.token_losses`.
+            wanted: what `save` exports.
         """
-        self.inputs, self.generate, self.likelihood = inputs, generate, likelihood
+        self.inputs, self.generate, self.likelihood, self.wanted = inputs, generate, likelihood, wanted
+        self.exported: tuple[Condition, Subject] | None = None  # the first seed's of what is wanted
         self.waiting: dict[Condition, Subject] = {}
         self.measured: dict[Condition, dict] = {}
         self.neurons: dict[Condition, int] = {}
@@ -121,6 +125,8 @@ class Table:
         if condition not in self.measured:
             inputs = self.inputs
             self.waiting[condition] = Subject(edit, model or inputs.base, source or inputs.source)
+            if self.wanted and condition == Condition(*self.wanted.condition, seed=inputs.seeds[0]):
+                self.exported = condition, self.waiting[condition]
 
     def measure(self) -> None:
         """Measure what was added since; each condition is kept when it is finished."""
@@ -287,8 +293,35 @@ class Table:
             ),
         }
         results.write_json(inputs.work / "run.json", record)
+        if self.wanted:
+            self._export(record)
         shutil.rmtree(inputs.work / "conditions", ignore_errors=True)
         return record
+
+    def _export(self, record: dict) -> None:
+        """Write what --export asks for, a checkpoint with what it gave when it was loaded again."""
+        inputs, (condition, (edit, model, source)) = self.inputs, self.exported
+        with export.placed(self.wanted) as place:
+            if self.wanted.is_vector:
+                export.save_vectors(model, edit, place, model.config.model_type)
+                return
+            export.save_checkpoint(model, edit, place)
+            export.save_tokenizer(inputs.source, place)
+            exported = models.Source(str(self.wanted.path), str(place), "")
+            loaded = Subject(NO_EDIT, models.load(exported, inputs.device, inputs.dtype), exported)
+            here, there = self.measured[condition], self._measure(loaded, brief=True)
+            pairs = list(zip(here["continuations"], there["continuations"], strict=True))
+            likelihoods = "nll" if "nll" in here and "nll" in there else "nll_first"
+            difference = sum(there[likelihoods]) - sum(here[likelihoods])
+            check = {
+                "same": sum(ours == theirs for ours, theirs in pairs),
+                "prompts": len(pairs),
+                "log_ppl_difference": abs(difference) / sum(there["tokens"]),
+            }
+            config = model.config.to_dict()
+            card = model_card.model_card(record, self.wanted.condition, source, config, check)
+            (place / "README.md").write_text(card, encoding="utf-8")
+            model_card.copy_licence(Path(inputs.source.path), place)
 
     def _generations(self) -> Iterator[dict]:
         """Lines of generations.jsonl: raw text of conditions and prompts, with its score."""
@@ -325,6 +358,8 @@ class Table:
         }
         console.print(tables.continuations(inputs.prompts.items, shown, inputs.options["raw_text"]))
         console.print(f"Record, raw generations, tensors and figures: {inputs.out}", soft_wrap=True)
+        if self.wanted:
+            console.print(f"Exported: {self.wanted.path}", soft_wrap=True)
 
 
 def mean_offset(offsets_of_runs: list[dict[str, list[float]]]) -> dict:
