@@ -42,7 +42,7 @@ ENOUGH_LEFT = 0.99  # cosine of DPO's update, as rounded, with itself; below it 
 # Of options that a script does not have.
 DEFAULTS = {
     "seeds": None, "preset": None, "updates": None, "probe": None, "post": None, "controls": "none", "holdout": False,
-    "protocol": "sound", "released": [], "raw_text": False,
+    "protocol": "sound", "released": [], "raw_text": False, "export": None,
 }  # fmt: skip
 
 
@@ -254,6 +254,8 @@ def begin(
     options = {**DEFAULTS, **options}
     out = artifacts.resolved(Path(options["out"] or f"runs/{script}/{models.short_name(options['model'])}"))
     artifacts.check_output(out, options["overwrite"])
+    if options["export"] and artifacts.resolved(Path(options["export"])).is_relative_to(out):
+        raise UserError(f"--export {options['export']}: lies in the run's own folder {out}; choose a place beside it.")
     if "scorer" in options:
         options["scorer"] = default_scorer(options["model"], options["scorer"])
     protocol = protocol or chosen_protocol(options)

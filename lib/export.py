@@ -6,6 +6,7 @@ is a bias; `clamp` to c sets rows to 0 and adds the bias c W; scaled keys are sc
 """
 
 import copy
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from lib.protocol import Protocol
 VECTORS = {".gguf", ".safetensors"}  # a file of one vector a layer; any other name is a checkpoint's folder
 ADDED = {"shift", "steer"}  # kinds that add a constant
 WITH_BIAS = {"clamp", *ADDED}  # kinds that need a bias in a checkpoint
+OF_POST = {"keys", "keys and bias", "values"}  # kinds that edit the model after DPO; so does a condition `dpo - ...`
 FLOAT32_BYTES = 4
 
 
@@ -73,6 +75,13 @@ def asked(options: dict, conditions: list[tuple[str, str]], protocol: Protocol) 
             " use --protocol sound, where every position is edited."
         )
     check_possible(export, kind, Path(chain.base_source(options).path), options["model"], protocol)
+    of_post = kind in OF_POST or name.startswith("dpo - ")
+    edited = options["post"] if of_post else chain.base_source(options).path
+    if edited and any(Path(edited).glob(f"*.{checkpoints.ADDED_BIASES}*.safetensors")):
+        raise UserError(
+            f"--export: {Path(edited).name} has biases that `python -m dpo --trainable biases` added, and transformers "
+            "has no place for them in this architecture; its edits cannot be exported."
+        )
     return export
 
 
@@ -90,6 +99,8 @@ def check_possible(export: Export, kind: str, folder: Path, name: str, protocol:
                 f"--export {export.path.name}: {name} has a norm after each MLP, so {kind} adds no constant to the "
                 "residual stream; of kind scale a checkpoint is possible."
             )
+        if export.path.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
+            raise UserError(f"--export {export.path.name}: needs gguf (pip install gguf); FILE.safetensors does not.")
         return
     if kind in WITH_BIAS and (family_of(model).post_norm or not has_place(model)):
         vector = "" if normed or kind == "clamp" else ", and FILE.gguf or FILE.safetensors takes this edit's vectors"
@@ -159,7 +170,8 @@ def save_checkpoint(model, edit: Any, folder: Path) -> None:
     module, weights = model._module, edited_weights(model, edit)
     config = copy.deepcopy(module.config)
     if hasattr(config, "mlp_bias"):
-        config.mlp_bias = config.mlp_bias or any(name.endswith("mlp.down_proj.bias") for name in weights)
+        ending = f".{family_of(model).mlp_out}.bias"
+        config.mlp_bias = config.mlp_bias or any(name.endswith(ending) for name in weights)
     with torch.device("meta"):
         plain = type(module)(config)
     for name, parameter in plain.state_dict().items():
@@ -180,7 +192,7 @@ def save_vectors(model, edit: Any, file: Path, model_type: str) -> None:
     if file.suffix == ".safetensors":
         save_file({"vectors": vectors}, file)
         return
-    import gguf  # of the extra `embedded`
+    import gguf  # of the extra `embedded`: not everyone has it
 
     writer = gguf.GGUFWriter(file, "controlvector")
     writer.add_string("controlvector.model_hint", model_type)
@@ -201,17 +213,21 @@ def placed(export: Export) -> Iterator[Path]:
     Raises UserError: the disk is full. Nothing is left behind then, nor when it is interrupted.
     """
     parent = export.path.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{export.path.name}.", dir=parent))
-    try:
-        with artifacts.writing(export.path):
+    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    with artifacts.writing(export.path):
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{export.path.name}.", dir=parent))
+        try:
             place = work / export.path.name
             if not export.is_vector:
                 place.mkdir()
             yield place
             place.rename(export.path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            new = []
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            for folder in new:
+                folder.rmdir()
 
 
 def save_tokenizer(source, folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from lib.models import MODELS
+from lib.models import MODELS, short_name
 from lib.tables import with_interval
 
 # name or family -> licence, as the Hub abbreviates it
@@ -38,6 +38,7 @@ def model_card(record: dict, condition: tuple[str, str], source, config: dict, c
     front = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": hub} if hub else {}
     name, kind = condition
+    base = Path(source.name).name if Path(source.name).is_absolute() else source.name  # no one's home folder
     draws = (
         ""
         if controls
@@ -54,9 +55,9 @@ def model_card(record: dict, condition: tuple[str, str], source, config: dict, c
             "---",
             *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
             "---",
-            f"# {record['model']}, {name}, {kind}",
+            f"# {short_name(record['model'])}, {name}, {kind}",
             "",
-            f"The weights of {source.name} (revision {source.revision}) with one edit of `{record['script']}.py` in "
+            f"The weights of {base} (revision {source.revision}) with one edit of `{record['script']}.py` in "
             f"them: {name}, {kind}, of seed {params['seeds'][0]}. An ordinary transformers checkpoint in "
             f"{provenance['dtype']}; `hf upload OWNER/NAME .` takes this folder as it is.",
             "",

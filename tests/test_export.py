@@ -1,6 +1,7 @@
 """Exported edits: plain transformers gives what the trace gave, and what cannot be exported is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from lib import export, interventions
 from lib.generation import batches, prompt_ids, right_padded
 from lib.interventions import scaled_by
 from lib.probes import Probe
+from lib.protocol import SOUND
 
 PATCH, UNALIGN, STEER = map(load_script, ("patch_four_groups", "unalign", "steer"))
 EVERYWHERE = slice(None)
@@ -125,9 +127,10 @@ def test_the_command_and_a_process_without_this_project(given, tmp_path):
     asked = ("--sets", "four_groups", "--export", folder, "--export-condition", "four_groups, clamp")
     done = run("experiments/patch_four_groups.py", *options, *asked, "--out", tmp_path / "out", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert str(folder) in done.stdout and not list(tmp_path.glob(".exported.*"))
+    assert str(folder) in done.stdout.replace("\n", "") and not list(tmp_path.glob(".exported.*"))
     card = (folder / "README.md").read_text()
     assert "wrote the trace's text for 6 of 6 prompts" in card and "No controls were run" in card
+    assert str(tmp_path) not in card and str(options[1]) not in card, "no one's home folder"
     lines = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     wanted = [line for line in lines if (line["name"], line["kind"]) == ("four_groups", "clamp")]
     (tmp_path / "load.py").write_text(WITHOUT_THIS_PROJECT)
@@ -168,7 +171,18 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*REFUSED, "taken", "a vector of a clamp", "a vector before a norm", "no --export"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *REFUSED,
+        "taken",
+        "in the run's folder",
+        "added biases",
+        "a vector of a clamp",
+        "a vector before a norm",
+        "no --export",
+    ],
+)
 def test_refused_in_one_line_with_nothing_written(given, tmp_path, case):
     family, script, more, says = REFUSED.get(
         case, ("llama", "patch_four_groups", ["--export-condition", "four_groups, shift"], "")
@@ -181,10 +195,20 @@ def test_refused_in_one_line_with_nothing_written(given, tmp_path, case):
         place, says = tmp_path / "vector.gguf", "constant"
         family = "gemma2" if "norm" in case else "llama"
         more = ["--export-condition", "four_groups, shift" if "norm" in case else "four_groups, clamp"]
+    if case == "in the run's folder":  # which takes the place of what is there when it is finished
+        place, says = tmp_path / "out" / "exported", "own folder"
+    if case == "added biases":
+        family, script, more = "mistral", "unalign", ["--export-condition", "unalign k=7 x10, keys"]
+        says = "added"
     if case == "no --export":
         says = "--export FOLDER"
     before = sorted(tmp_path.rglob("*"))
     options = given(family)
+    if case == "added biases":
+        shutil.copytree(options[options.index("--post") + 1], post := tmp_path / "post")
+        (post / "model.safetensors").rename(post / "model.added-biases.safetensors")
+        options[options.index("--post") + 1] = post
+        before = sorted(tmp_path.rglob("*"))
     asked = [] if case == "no --export" else ["--export", place]
     done = run(f"experiments/{script}.py", *options, *asked, *more, "--out", tmp_path / "out", cwd=ROOT)
     (said,) = done.stderr.strip().splitlines()[-1:]
@@ -196,7 +220,7 @@ def test_refused_in_one_line_with_nothing_written(given, tmp_path, case):
 
 def test_a_full_disk_leaves_nothing(traced, tmp_path):
     """Nor does an interruption: neither the export nor what was being written beside it."""
-    wanted = export.Export(tmp_path / "exported", ("x", "scale"))
+    wanted = export.Export(tmp_path / "new" / "folders" / "exported", ("x", "scale"))
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
         with pytest.raises((export.UserError, KeyboardInterrupt)):
             with export.placed(wanted) as place:
@@ -233,3 +257,24 @@ def test_bfloat16_within_its_rounding(tiny, tmp_path):
     with torch.no_grad():
         difference = (plain(**batch).logits - expected).float().abs().max()
     assert difference < 2**-4 * expected.float().abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_an_edit_of_the_model_after_dpo(given, tiny, tmp_path, family):
+    """unalign's keys, written into the model after DPO, not the base model."""
+    folder = tmp_path / "exported"
+    asked = ("--export", folder, "--export-condition", "unalign k=7 x10, keys", "--out", tmp_path / "out")
+    done = run("experiments/unalign.py", *given(family), *asked, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    post, exported = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny(family, 1), folder))
+    key = {"gpt2": "mlp.c_fc.weight", "mistral": "mlp.gate_proj.weight"}[family]
+    changed = {name for name in post if not torch.equal(post[name], exported[name])}
+    assert changed and all(name.endswith(key) for name in changed)
+    assert "wrote the trace's text for 6 of 6 prompts" in (folder / "README.md").read_text()
+
+
+def test_a_gguf_without_its_library(traced, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    wanted = export.Export(tmp_path / "v.gguf", ("x", "shift"))
+    with pytest.raises(export.UserError, match="pip install gguf"):
+        export.check_possible(wanted, "shift", tiny("llama"), "tiny", SOUND)
